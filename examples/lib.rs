@@ -1,0 +1,1 @@
+//! See the numbered files beside this one.

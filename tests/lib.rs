@@ -1,0 +1,1 @@
+//! The tests stand in `all.rs` and the files it names.

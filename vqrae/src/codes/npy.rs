@@ -1,0 +1,50 @@
+//! Codes as an array for numpy: format version 1.0, int32, C order, `[h, w]`; the record is a JSON object beside it.
+//!
+//! The header is what numpy itself writes, and only that is read back:
+//! <https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html>.
+
+use super::{Codes, Record};
+
+const MAGIC: &[u8] = b"\x93NUMPY\x01\x00";
+
+/// The header's text starts after the magic and its own length in two bytes.
+const TEXT_AT: usize = MAGIC.len() + 2;
+
+/// The array and its record.
+pub(super) fn to_bytes(codes: &Codes) -> (Vec<u8>, Vec<u8>) {
+    let mut text = format!("{{'descr': '<i4', 'fortran_order': False, 'shape': ({}, {}), }}", codes.h, codes.w);
+    // The data is aligned to 64 bytes, the last of the padding being a line's end.
+    let length = (TEXT_AT + text.len() + 1).next_multiple_of(64) - TEXT_AT;
+    text.extend(std::iter::repeat_n(' ', length - text.len() - 1));
+    text.push('\n');
+    let array = [MAGIC, &(length as u16).to_le_bytes(), text.as_bytes(), &codes.index_bytes()].concat();
+    (array, format!("{:#}\n", serde_json::json!(codes.record())).into_bytes())
+}
+
+pub(super) fn from_bytes(array: &[u8], record: &[u8]) -> Result<Codes, String> {
+    let (shape, data) = parse(array)?;
+    let record: Record = serde_json::from_slice(record).map_err(|error| format!("the record beside it: {error}"))?;
+    Codes::from_parts(shape, data, &record)
+}
+
+/// Splits an array into its shape and its data, whose lengths agree.
+fn parse(array: &[u8]) -> Result<([usize; 2], &[u8]), String> {
+    let rest = array.strip_prefix(MAGIC).ok_or("not an .npy file of version 1.0")?;
+    let (length, rest) = rest.split_first_chunk().ok_or("the header is cut short")?;
+    let length = usize::from(u16::from_le_bytes(*length));
+    let (text, data) = rest.split_at_checked(length).ok_or("the header is cut short")?;
+    let text: String = String::from_utf8_lossy(text).split_whitespace().collect();
+    let shape = parse_shape(&text).ok_or_else(|| format!("expected: an int32 array [h, w] in C order, got: {text}"))?;
+    let expected = shape[0].checked_mul(shape[1]).and_then(|count| count.checked_mul(4));
+    if expected != Some(data.len()) {
+        return Err(format!("the header says {shape:?}, but {} bytes of data follow", data.len()));
+    }
+    Ok((shape, data))
+}
+
+/// The shape in a header whose spaces are gone.
+fn parse_shape(text: &str) -> Option<[usize; 2]> {
+    let shape = text.strip_prefix("{'descr':'<i4','fortran_order':False,'shape':(")?.strip_suffix("),}")?;
+    let (h, w) = shape.split_once(',')?;
+    Some([h.parse().ok()?, w.parse().ok()?])
+}

@@ -1,0 +1,108 @@
+//! Codes to pixels: a ViT that mirrors the encoder, and a linear head per token (VQRAE, arXiv 2511.23386, §3).
+
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
+use serde::{Deserialize, Serialize};
+
+use crate::ops::{LayerNorm, Linear};
+use crate::vit::{self, Positions, Vit};
+
+/// The `decoder` section of `config.json`. A missing field takes the encoder's value: the symmetric decoder of the paper.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Width D of a token.
+    pub hidden_size: Option<usize>,
+    /// Number of blocks.
+    pub num_hidden_layers: Option<usize>,
+    /// Attention heads.
+    pub num_attention_heads: Option<usize>,
+    /// Hidden width of the MLP.
+    pub intermediate_size: Option<usize>,
+    /// Side of the square of pixels that a token paints; another one than the encoder's changes the image's size.
+    pub patch_size: Option<usize>,
+    /// Whether a layer norm stands before the head; yes unless said otherwise.
+    pub final_norm: Option<bool>,
+}
+
+/// [`Config`] with every gap filled.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sizes {
+    /// The blocks.
+    pub vit: vit::Config,
+    /// The grid that the positions were made for.
+    pub grid: (usize, usize),
+    /// Side of the square of pixels that a token paints.
+    pub patch: usize,
+    /// Whether a layer norm stands before the head.
+    pub final_norm: bool,
+}
+
+impl Config {
+    /// Fills the gaps with the encoder's sizes.
+    pub fn sizes(&self, encoder: &crate::encoder::Config) -> Sizes {
+        let mirror = encoder.vit();
+        Sizes {
+            vit: vit::Config {
+                width: self.hidden_size.unwrap_or(mirror.width),
+                depth: self.num_hidden_layers.unwrap_or(mirror.depth),
+                heads: self.num_attention_heads.unwrap_or(mirror.heads),
+                mlp_width: self.intermediate_size.unwrap_or(mirror.mlp_width),
+                layer_norm_eps: mirror.layer_norm_eps,
+            },
+            grid: encoder.grid(),
+            patch: self.patch_size.unwrap_or(encoder.patch()),
+            final_norm: self.final_norm.unwrap_or(true),
+        }
+    }
+}
+
+impl Sizes {
+    /// Whether the sizes make sense; the error names the field.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        self.vit.check("decoder")?;
+        if self.patch == 0 || self.patch > 256 {
+            return Err(format!("decoder: patch_size is {}, expected: 1 to 256", self.patch));
+        }
+        Ok(())
+    }
+}
+
+/// The decoder with its weights.
+#[derive(Debug, Clone)]
+pub struct Decoder {
+    position_embedding: Positions,
+    layers: Vit,
+    final_layernorm: Option<LayerNorm>,
+    head: Linear,
+    patch: usize,
+}
+
+impl Decoder {
+    /// Loads `position_embedding`, `layers.N`, `post_layernorm` and `head`.
+    pub fn load(vb: VarBuilder, sizes: &Sizes) -> Result<Self> {
+        let d = sizes.vit.width;
+        let norm = || LayerNorm::load(vb.pp("post_layernorm"), d, sizes.vit.layer_norm_eps);
+        Ok(Self {
+            position_embedding: Positions::load(vb.pp("position_embedding"), sizes.grid, d)?,
+            layers: Vit::load(vb.clone(), &sizes.vit)?,
+            final_layernorm: sizes.final_norm.then(norm).transpose()?,
+            head: Linear::load(vb.pp("head"), d, sizes.patch * sizes.patch * 3)?,
+            patch: sizes.patch,
+        })
+    }
+
+    /// Tokens of a grid to pixels, in the normalised range of the encoder's input.
+    ///
+    /// # Shapes
+    /// - tokens: `[B, h·w, D]`
+    /// - output: `[B, 3, h·P', w·P']`, P' the output patch
+    pub fn forward(&self, tokens: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
+        let x = self.layers.forward(&self.position_embedding.add(tokens, grid)?)?;
+        let x = match &self.final_layernorm {
+            Some(norm) => norm.forward(&x)?,
+            None => x,
+        };
+        vit::unpatchify(&self.head.forward(&x)?, grid, self.patch)
+    }
+}

@@ -1,0 +1,502 @@
+//! `preprocessor_config.json` as code: what transformers' torchvision backend does, bit for bit.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::pillow::{self, Filter};
+use super::resize::{affordable, crop, pad, resize};
+use super::{Error, ErrorKind, JPEG_DECODER, Resample, ResizeMode, Rgb};
+
+/// A `preprocessor_config.json` that cannot be used. Each message names the key.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot be read: {0}")]
+    Unreadable(#[from] std::io::Error),
+    /// The text is not a JSON object.
+    #[error("not a JSON object: {0}")]
+    NotJson(#[from] serde_json::Error),
+    /// A key without which the numbers would be a guess.
+    #[error("`{key}` is missing")]
+    Missing {
+        /// The key.
+        key: &'static str,
+    },
+    /// A value of the wrong kind.
+    #[error("`{key}` is wrong, expected: {expected}, got: {got}")]
+    Wrong {
+        /// The key.
+        key: &'static str,
+        /// What would be right.
+        expected: &'static str,
+        /// The value found.
+        got: String,
+    },
+    /// A value with a meaning that this program does not have.
+    #[error("`{key}` is not supported: {reason}")]
+    Unsupported {
+        /// The key.
+        key: &'static str,
+        /// Why.
+        reason: &'static str,
+    },
+}
+
+/// How pixels become the encoder's input. Fields carry the names of their Hugging Face keys.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Preprocessor {
+    /// Height and width of the result, in pixels.
+    pub size: (usize, usize),
+    /// Interpolation of the resize.
+    pub resample: Resample,
+    /// How any shape comes to `size`. Not a Hugging Face key, except that `do_center_crop` means center-crop.
+    pub resize_mode: ResizeMode,
+    /// What center-crop resizes the short side to before it cuts `size` out, in pixels. `None`: the longer side of
+    /// `size`. Ignored by the other modes.
+    pub shortest_edge: Option<usize>,
+    /// Without it an image must come in the right size (for center-crop: at least that size).
+    pub do_resize: bool,
+    /// Whether values are multiplied by `rescale_factor`.
+    pub do_rescale: bool,
+    /// From 0..255 to the range of `image_mean`; 1/255 as a rule.
+    pub rescale_factor: f64,
+    /// Whether `image_mean` and `image_std` are applied.
+    pub do_normalize: bool,
+    /// Subtracted, by channel.
+    pub image_mean: [f32; 3],
+    /// Divided by, by channel.
+    pub image_std: [f32; 3],
+}
+
+impl Preprocessor {
+    /// SigLIP's: squash to a square, values in −1..1. SigLIP takes bicubic, SigLIP 2 bilinear:
+    /// <https://huggingface.co/google/siglip-base-patch16-224/blob/main/preprocessor_config.json>
+    pub fn siglip(side: usize, resample: Resample) -> Self {
+        Self {
+            size: (side, side),
+            resample,
+            resize_mode: ResizeMode::Squash,
+            shortest_edge: None,
+            do_resize: true,
+            do_rescale: true,
+            rescale_factor: 1.0 / 255.0,
+            do_normalize: true,
+            image_mean: [0.5; 3],
+            image_std: [0.5; 3],
+        }
+    }
+
+    /// Reads a `preprocessor_config.json`.
+    pub fn from_file(path: &Path) -> Result<Self, Error> {
+        let read = || Self::from_json(&std::fs::read_to_string(path)?);
+        read().map_err(|source| Error::Config {
+            path: path.into(),
+            source,
+        })
+    }
+
+    /// Reads the text of a `preprocessor_config.json`. Keys that do not change pixels are ignored.
+    pub fn from_json(text: &str) -> Result<Self, ConfigError> {
+        let config = Keys(serde_json::from_str(text)?);
+        config.refuse_what_we_lack()?;
+        let (size, shortest_edge, resize_mode) = config.geometry()?;
+        let do_resize = config.flag("do_resize", true)?;
+        let do_normalize = config.flag("do_normalize", true)?;
+        Ok(Self {
+            size,
+            resample: config.resample(do_resize)?,
+            resize_mode,
+            shortest_edge,
+            do_resize,
+            do_rescale: config.flag("do_rescale", true)?,
+            rescale_factor: config.rescale_factor()?,
+            do_normalize,
+            image_mean: config.channels("image_mean", do_normalize, 0.0)?,
+            image_std: config.image_std(do_normalize)?,
+        })
+    }
+
+    /// The config as Hugging Face writes it, so that transformers reads it too; with `resize_mode` unless it is squash.
+    pub fn to_json(&self) -> Value {
+        let (height, width) = self.size;
+        let mut config = json!({
+            "image_processor_type": "SiglipImageProcessor",
+            "do_convert_rgb": true,
+            "do_resize": self.do_resize,
+            "size": {"height": height, "width": width},
+            "resample": self.resample,
+            "do_rescale": self.do_rescale,
+            "rescale_factor": self.rescale_factor,
+            "do_normalize": self.do_normalize,
+            "image_mean": self.image_mean.map(shortest_decimal),
+            "image_std": self.image_std.map(shortest_decimal),
+        });
+        if self.resize_mode == ResizeMode::CenterCrop {
+            config["image_processor_type"] = json!("CLIPImageProcessor");
+            config["do_center_crop"] = json!(true);
+            config["size"] = json!({"shortest_edge": self.short_side()});
+            config["crop_size"] = json!({"height": height, "width": width});
+        }
+        if self.resize_mode != ResizeMode::Squash {
+            config["resize_mode"] = json!(self.resize_mode);
+        }
+        config
+    }
+
+    /// Brings an image to exactly `size`, still in 8 bits.
+    pub fn prepare(&self, image: &Rgb) -> Result<Rgb, ErrorKind> {
+        image.check()?;
+        let prepared = match self.resize_mode {
+            _ if !self.do_resize => self.take_as_is(image),
+            ResizeMode::Squash => resize(image, self.size.1, self.size.0, self.resample),
+            ResizeMode::CenterCrop => self.center_crop(image),
+            ResizeMode::AdmCrop => self.adm_crop(image),
+            ResizeMode::Pad => self.fit_and_pad(image),
+        };
+        prepared.map_err(|reason| ErrorKind::Resize {
+            size: self.size,
+            mode: self.resize_mode,
+            reason,
+        })
+    }
+
+    /// `((x − mean / factor) / (std / factor))` in `f32`: transformers folds the rescaling into mean and std, and the
+    /// order of its operations is kept here.
+    ///
+    /// # Shapes
+    /// H×W pixels → `[3, H, W]`, row-major
+    pub fn normalize(&self, image: &Rgb) -> Vec<f32> {
+        let (pixels, _) = image.data.as_chunks::<3>();
+        let mut chw = Vec::with_capacity(image.data.len());
+        for c in 0..3 {
+            let levels = self.levels(c);
+            chw.extend(pixels.iter().map(|pixel| levels[usize::from(pixel[c])]));
+        }
+        chw
+    }
+
+    /// The way back from [`normalize`](Self::normalize): clamped to 0..255 and rounded to the nearest level. A value
+    /// that is not a number becomes 0.
+    ///
+    /// # Shapes
+    /// `[3, h, w]`, row-major → h×w pixels
+    ///
+    /// # Panics
+    /// If `chw` does not hold `3 · h · w` values.
+    pub fn denormalize_to_rgb(&self, chw: &[f32], h: usize, w: usize) -> Rgb {
+        assert_eq!(chw.len(), 3 * h * w, "a [3, {h}, {w}] image");
+        let mut data = vec![0; chw.len()];
+        for (c, plane) in chw.chunks_exact((h * w).max(1)).enumerate() {
+            let (mean, std) = self.mean_and_std(c);
+            for (pixel, &value) in data.as_chunks_mut::<3>().0.iter_mut().zip(plane) {
+                // `as` clamps, and turns NaN into 0.
+                pixel[c] = (value * std + mean).round() as u8;
+            }
+        }
+        Rgb {
+            width: w,
+            height: h,
+            data,
+        }
+    }
+
+    /// Everything that decides the 8-bit pixels, for a manifest: `squash-bicubic-torchvision/mozjpeg`.
+    pub fn tag(&self) -> String {
+        let (mode, resample) = (self.resize_mode, self.resample);
+        match mode {
+            _ if !self.do_resize => format!("unresized/{JPEG_DECODER}"),
+            ResizeMode::AdmCrop => format!("{mode}-{}-pillow13/{JPEG_DECODER}", Resample::Bicubic),
+            ResizeMode::CenterCrop if self.short_side() != self.size.0.max(self.size.1) => {
+                format!(
+                    "{mode}-from-{}-{resample}-torchvision/{JPEG_DECODER}",
+                    self.short_side()
+                )
+            }
+            _ => format!("{mode}-{resample}-torchvision/{JPEG_DECODER}"),
+        }
+    }
+
+    fn short_side(&self) -> usize {
+        self.shortest_edge.unwrap_or(self.size.0.max(self.size.1))
+    }
+
+    fn take_as_is(&self, image: &Rgb) -> Result<Rgb, String> {
+        let (height, width) = self.size;
+        let crops = self.resize_mode == ResizeMode::CenterCrop
+            && image.width >= width
+            && image.height >= height;
+        if crops || (image.width, image.height) == (width, height) {
+            return self.cut_centre(image);
+        }
+        Err(format!(
+            "the image is {}x{} and do_resize is false",
+            image.width, image.height
+        ))
+    }
+
+    /// torchvision's sizes: the long side is cut down to a whole pixel.
+    fn center_crop(&self, image: &Rgb) -> Result<Rgb, String> {
+        let short = self.short_side();
+        let (width, height) = if image.width <= image.height {
+            (short, short * image.height / image.width)
+        } else {
+            (short * image.width / image.height, short)
+        };
+        self.cut_centre(&resize(image, width, height, self.resample)?)
+    }
+
+    /// `center_crop_arr` of guided-diffusion.
+    fn adm_crop(&self, image: &Rgb) -> Result<Rgb, String> {
+        let (side, width) = self.size;
+        if side != width {
+            return Err("adm-crop needs a square size".to_owned());
+        }
+        let mut halved = image.clone();
+        while halved.width.min(halved.height) >= 2 * side {
+            halved = pillow::resize(&halved, halved.width / 2, halved.height / 2, Filter::Box);
+        }
+        let scale = side as f64 / halved.width.min(halved.height) as f64;
+        let scaled = |n: usize| (n as f64 * scale).round_ties_even() as usize;
+        let (width, height) = (scaled(halved.width), scaled(halved.height));
+        affordable(&halved, width, height)?;
+        self.cut_centre(&pillow::resize(&halved, width, height, Filter::Bicubic))
+    }
+
+    fn fit_and_pad(&self, image: &Rgb) -> Result<Rgb, String> {
+        let (height, width) = self.size;
+        let share =
+            |n: usize, part: usize, whole: usize| ((2 * n * part + whole) / (2 * whole)).max(1);
+        let (fitted_width, fitted_height) = if width * image.height <= height * image.width {
+            (width, share(image.height, width, image.width))
+        } else {
+            (share(image.width, height, image.height), height)
+        };
+        Ok(pad(
+            &resize(image, fitted_width, fitted_height, self.resample)?,
+            width,
+            height,
+        ))
+    }
+
+    fn cut_centre(&self, image: &Rgb) -> Result<Rgb, String> {
+        let (height, width) = self.size;
+        match (
+            image.width.checked_sub(width),
+            image.height.checked_sub(height),
+        ) {
+            (Some(across), Some(down)) => Ok(crop(image, across / 2, down / 2, width, height)),
+            _ => Err(format!(
+                "the short side is resized to only {} pixels",
+                self.short_side()
+            )),
+        }
+    }
+
+    /// The normalised value of each of the 256 levels.
+    fn levels(&self, channel: usize) -> [f32; 256] {
+        let (mean, std) = self.mean_and_std(channel);
+        std::array::from_fn(|level| {
+            let level = level as f32;
+            match (self.do_normalize, self.do_rescale) {
+                (true, _) => (level - mean) / std,
+                (false, true) => level * self.rescale_factor as f32,
+                (false, false) => level,
+            }
+        })
+    }
+
+    /// Mean and standard deviation on the scale of 0..255.
+    fn mean_and_std(&self, channel: usize) -> (f32, f32) {
+        let whole = if self.do_rescale {
+            (1.0 / self.rescale_factor) as f32
+        } else {
+            1.0
+        };
+        match self.do_normalize {
+            true => (
+                self.image_mean[channel] * whole,
+                self.image_std[channel] * whole,
+            ),
+            false => (0.0, whole),
+        }
+    }
+}
+
+/// The `f64` with the fewest digits that is this `f32`: 0.1, not 0.10000000149011612.
+fn shortest_decimal(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(f64::from(value))
+}
+
+/// Height and width, in pixels.
+type Size = (usize, usize);
+
+/// The keys of a `preprocessor_config.json`. A key that is null counts as absent.
+struct Keys(Map<String, Value>);
+
+impl Keys {
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.0.get(key).filter(|value| !value.is_null())
+    }
+
+    fn refuse_what_we_lack(&self) -> Result<(), ConfigError> {
+        let unsupported = |key, reason| Err(ConfigError::Unsupported { key, reason });
+        if self.get("max_num_patches").is_some() {
+            return unsupported(
+                "max_num_patches",
+                "the encoder wants one fixed size, not naflex's variable one",
+            );
+        }
+        if self.flag("do_pad", false)? {
+            return unsupported(
+                "do_pad",
+                "use \"resize_mode\": \"pad\", which centres on white",
+            );
+        }
+        Ok(())
+    }
+
+    fn flag(&self, key: &'static str, default: bool) -> Result<bool, ConfigError> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => value
+                .as_bool()
+                .ok_or_else(|| wrong(key, "true or false", value)),
+        }
+    }
+
+    fn resample(&self, required: bool) -> Result<Resample, ConfigError> {
+        match self.get("resample") {
+            None if required => Err(ConfigError::Missing { key: "resample" }),
+            None => Ok(Resample::Bicubic),
+            Some(value) => {
+                let known = value
+                    .as_u64()
+                    .and_then(|number| Resample::try_from(number).ok());
+                known.ok_or_else(|| wrong("resample", "2 (bilinear) or 3 (bicubic)", value))
+            }
+        }
+    }
+
+    fn rescale_factor(&self) -> Result<f64, ConfigError> {
+        let Some(value) = self.get("rescale_factor") else {
+            return Ok(1.0 / 255.0);
+        };
+        let positive = value.as_f64().filter(|factor| *factor > 0.0);
+        positive.ok_or_else(|| wrong("rescale_factor", "a positive number", value))
+    }
+
+    fn channels(
+        &self,
+        key: &'static str,
+        required: bool,
+        default: f32,
+    ) -> Result<[f32; 3], ConfigError> {
+        match self.get(key) {
+            None if required => Err(ConfigError::Missing { key }),
+            None => Ok([default; 3]),
+            Some(value) => serde_json::from_value(value.clone())
+                .map_err(|_| wrong(key, "three numbers", value)),
+        }
+    }
+
+    fn image_std(&self, required: bool) -> Result<[f32; 3], ConfigError> {
+        let std = self.channels("image_std", required, 1.0)?;
+        if std.iter().all(|channel| *channel > 0.0) {
+            return Ok(std);
+        }
+        Err(wrong("image_std", "three positive numbers", &json!(std)))
+    }
+
+    /// Size of the result, `shortest_edge` and mode out of `size`, `do_center_crop`, `crop_size` and `resize_mode`.
+    fn geometry(&self) -> Result<(Size, Option<usize>, ResizeMode), ConfigError> {
+        let size = self
+            .get("size")
+            .ok_or(ConfigError::Missing { key: "size" })?;
+        if self.flag("do_center_crop", false)? {
+            let (crop, short) = self.crop(size)?;
+            let default = if short.is_some() {
+                ResizeMode::CenterCrop
+            } else {
+                ResizeMode::Squash
+            };
+            return Ok((crop, short, self.resize_mode(default)?));
+        }
+        if size.get("shortest_edge").is_some() {
+            let reason = "with shortest_edge alone the result has no fixed size; add do_center_crop and crop_size";
+            return Err(ConfigError::Unsupported {
+                key: "size",
+                reason,
+            });
+        }
+        Ok((
+            height_and_width("size", size)?,
+            None,
+            self.resize_mode(ResizeMode::Squash)?,
+        ))
+    }
+
+    /// The crop's size, and the short side that it is cut from. A `size` of height and width that the crop only
+    /// repeats is a squash.
+    fn crop(&self, size: &Value) -> Result<(Size, Option<usize>), ConfigError> {
+        let crop = self
+            .get("crop_size")
+            .map(|value| height_and_width("crop_size", value))
+            .transpose()?;
+        let Some(short) = size
+            .get("shortest_edge")
+            .or(size.is_number().then_some(size))
+        else {
+            let size = height_and_width("size", size)?;
+            if crop.is_some_and(|crop| crop != size) {
+                let reason = "with do_center_crop a size of height and width must equal it; use shortest_edge";
+                return Err(ConfigError::Unsupported {
+                    key: "crop_size",
+                    reason,
+                });
+            }
+            return Ok((size, None));
+        };
+        let short = pixels("size", short)?;
+        let crop = crop.unwrap_or((short, short));
+        if crop.0.max(crop.1) > short {
+            let reason = "it is larger than size.shortest_edge";
+            return Err(ConfigError::Unsupported {
+                key: "crop_size",
+                reason,
+            });
+        }
+        Ok((crop, Some(short)))
+    }
+
+    fn resize_mode(&self, default: ResizeMode) -> Result<ResizeMode, ConfigError> {
+        let expected = "squash, center-crop, adm-crop or pad";
+        self.get("resize_mode").map_or(Ok(default), |value| {
+            serde_json::from_value(value.clone()).map_err(|_| wrong("resize_mode", expected, value))
+        })
+    }
+}
+
+/// `{"height": …, "width": …}`, or one number for both.
+fn height_and_width(key: &'static str, value: &Value) -> Result<Size, ConfigError> {
+    match (value.get("height"), value.get("width")) {
+        (Some(height), Some(width)) => Ok((pixels(key, height)?, pixels(key, width)?)),
+        _ => pixels(key, value).map(|side| (side, side)),
+    }
+}
+
+fn pixels(key: &'static str, value: &Value) -> Result<usize, ConfigError> {
+    const MOST: u64 = 16_384;
+    let side = value.as_u64().filter(|side| (1..=MOST).contains(side));
+    let expected = "pixels (1 to 16384), as a number or {\"height\", \"width\"}";
+    side.map(|side| side as usize)
+        .ok_or_else(|| wrong(key, expected, value))
+}
+
+fn wrong(key: &'static str, expected: &'static str, got: &Value) -> ConfigError {
+    ConfigError::Wrong {
+        key,
+        expected,
+        got: got.to_string(),
+    }
+}

@@ -1,0 +1,338 @@
+//! Encoder, quantizer and decoder together: the only place where the stages meet.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use serde::{Deserialize, Serialize};
+
+use crate::decoder::{self, Decoder};
+use crate::encoder::{self, Encoder};
+use crate::error::{Error, Result};
+use crate::image::Preprocessor;
+use crate::quantizer::{self, Quantized, Quantizer};
+use crate::weights::{self, Fresh, Loader, Tensors};
+
+/// The file that a model folder keeps its [`Config`] in.
+const CONFIG: &str = "config.json";
+/// The file that a model folder keeps its [`Preprocessor`] in.
+const PREPROCESSOR: &str = "preprocessor_config.json";
+/// The version of the model folder's layout that this library reads and writes.
+const FORMAT: u32 = 1;
+
+/// What a model is: `config.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// `vqrae`.
+    pub model_type: String,
+    /// The version of the folder's layout.
+    pub format: u32,
+    /// The encoder.
+    pub encoder: encoder::Config,
+    /// The quantizer.
+    pub quantizer: quantizer::Config,
+    /// The decoder; what is not said mirrors the encoder.
+    #[serde(default)]
+    pub decoder: decoder::Config,
+}
+
+impl Config {
+    /// A config of the three parts.
+    pub fn new(encoder: encoder::Config, quantizer: quantizer::Config, decoder: decoder::Config) -> Self {
+        Self { model_type: "vqrae".to_string(), format: FORMAT, encoder, quantizer, decoder }
+    }
+
+    /// Parses `config.json`; `path` is for messages.
+    pub fn from_json(text: &str, path: &Path) -> Result<Self> {
+        let config: Self = serde_json::from_str(text).map_err(|e| Error::config(path, e))?;
+        config.check().map_err(|reason| Error::config(path, reason))?;
+        Ok(config)
+    }
+
+    /// As `config.json` has it.
+    pub fn to_json(&self) -> Result<String> {
+        serde_json::to_string_pretty(self).map_err(|e| Error::config(CONFIG, e))
+    }
+
+    /// Whether the parts make sense; the error names the field.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        if self.model_type != "vqrae" {
+            return Err(format!("model_type is `{}`, expected: `vqrae`", self.model_type));
+        }
+        if self.format != FORMAT {
+            return Err(format!("format is {}, expected: {FORMAT}; this version cannot read it", self.format));
+        }
+        self.encoder.check()?;
+        self.quantizer.check()?;
+        self.decoder.sizes(&self.encoder).check()
+    }
+}
+
+/// The three stages with their weights. What is trained and what is frozen is decided by the [`VarBuilder`].
+#[derive(Debug, Clone)]
+pub struct Network {
+    /// Pixels to features.
+    pub encoder: Encoder,
+    /// Features to codes and back.
+    pub quantizer: Quantizer,
+    /// Codes to pixels.
+    pub decoder: Decoder,
+    patch: usize,
+}
+
+impl Network {
+    /// Loads `encoder.…`, `quantizer.…`, `decoder.…`.
+    pub fn load(vb: VarBuilder, config: &Config) -> candle_core::Result<Self> {
+        let sizes = config.decoder.sizes(&config.encoder);
+        let (width_in, width_out) = (config.encoder.width(), sizes.vit.width);
+        Ok(Self {
+            encoder: Encoder::load(vb.pp("encoder"), &config.encoder)?,
+            quantizer: Quantizer::load(vb.pp("quantizer"), &config.quantizer, width_in, width_out)?,
+            decoder: Decoder::load(vb.pp("decoder"), &sizes)?,
+            patch: config.encoder.patch(),
+        })
+    }
+
+    /// Normalised pixels `[B, 3, H, W]` to their codes, with all that training needs of them.
+    pub fn quantize(&self, pixels: &Tensor) -> candle_core::Result<Quantized> {
+        self.quantizer.quantize(&self.encoder.forward(pixels)?)
+    }
+
+    /// Tokens `[B, h·w, D']` to normalised pixels `[B, 3, h·P', w·P']`.
+    pub fn paint(&self, tokens: &Tensor, grid: (usize, usize), dtype: DType) -> candle_core::Result<Tensor> {
+        self.decoder.forward(&tokens.to_dtype(dtype)?, grid)
+    }
+
+    /// The grid (h, w) of an image of `height` × `width` pixels.
+    pub fn grid(&self, height: usize, width: usize) -> candle_core::Result<(usize, usize)> {
+        crate::vit::grid(height, width, self.patch)
+    }
+}
+
+/// A VQRAE, ready to turn images into codes and codes into images.
+#[derive(Debug, Clone)]
+pub struct Vqrae {
+    network: Network,
+    config: Config,
+    preprocessor: Preprocessor,
+    id: String,
+    parameters: usize,
+    device: Device,
+    dtype: DType,
+}
+
+impl Vqrae {
+    /// Loads a model folder: `config.json`, `preprocessor_config.json`, `model.safetensors`.
+    ///
+    /// `dtype` is what encoder and decoder compute in; the quantizer is always f32.
+    ///
+    /// # Errors
+    /// A missing or broken file, a config that makes no sense, or tensors that are missing, left over or misshapen: the
+    /// error names the file and the key or tensor.
+    pub fn from_pretrained(folder: impl AsRef<Path>, device: &Device, dtype: DType) -> Result<Self> {
+        let folder = folder.as_ref();
+        let read = |name: &str| {
+            let path = folder.join(name);
+            std::fs::read_to_string(&path).map_err(Error::io(&path))
+        };
+        let config = Config::from_json(&read(CONFIG)?, &folder.join(CONFIG))?;
+        let preprocessor = Preprocessor::from_file(&folder.join(PREPROCESSOR))?;
+        Self::new(config, preprocessor, weights::read(folder)?, &folder.join(weights::FILE), device, dtype)
+    }
+
+    /// The model that ships with this library; see `weights/README.md` for what it is and what it is not.
+    #[cfg(feature = "shipped-model")]
+    pub fn shipped(device: &Device, dtype: DType) -> Result<Self> {
+        const FOLDER: &str = "weights/vqrae-small";
+        let path = |name: &str| Path::new(FOLDER).join(name);
+        let config = include_str!("../../weights/vqrae-small/config.json");
+        let preprocessor = include_str!("../../weights/vqrae-small/preprocessor_config.json");
+        let tensors = include_bytes!("../../weights/vqrae-small/model.safetensors");
+        Self::new(
+            Config::from_json(config, &path(CONFIG))?,
+            Preprocessor::from_json(preprocessor)?,
+            weights::read_bytes(tensors, &path(weights::FILE))?,
+            &path(weights::FILE),
+            device,
+            dtype,
+        )
+    }
+
+    /// A model of given tensors; `path` is where they came from, for messages.
+    pub fn new(
+        config: Config,
+        preprocessor: Preprocessor,
+        tensors: Tensors,
+        path: &Path,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        let id = weights::id(&config.to_json()?, &tensors)?;
+        let parameters = tensors.values().map(Tensor::elem_count).sum();
+        let loader = Loader::new(tensors, path);
+        let network = loader.finish(Network::load(loader.builder(dtype, device), &config))?;
+        Ok(Self { network, config, preprocessor, id, parameters, device: device.clone(), dtype })
+    }
+
+    /// Normalised pixels to continuous features.
+    ///
+    /// # Shapes
+    /// - pixels: `[B, 3, H, W]`, H and W multiples of the patch
+    /// - output: `[B, N, D]`, N = h·w in raster order
+    pub fn encode(&self, pixels: &Tensor) -> candle_core::Result<Tensor> {
+        self.network.encoder.forward(&pixels.to_device(&self.device)?)
+    }
+
+    /// Features `[B, N, D]` to codes and the decoder's tokens.
+    pub fn quantize(&self, features: &Tensor) -> candle_core::Result<Quantized> {
+        self.network.quantizer.quantize(features)
+    }
+
+    /// Normalised pixels to codes: the encoder, then the exactly nearest code of every feature.
+    ///
+    /// # Shapes
+    /// - pixels: `[B, 3, H, W]`, H and W multiples of the patch
+    /// - output: u32 `[B, h, w]`
+    pub fn encode_to_indices(&self, pixels: &Tensor) -> candle_core::Result<Tensor> {
+        let (b, _, height, width) = pixels.dims4()?;
+        let (h, w) = self.network.grid(height, width)?;
+        self.quantize(&self.encode(pixels)?)?.indices.reshape((b, h, w))
+    }
+
+    /// Codes to pixels in the normalised range of the encoder's input; [`Preprocessor::denormalize_to_rgb`] makes an
+    /// image of them.
+    ///
+    /// # Shapes
+    /// - indices: u32 `[B, h, w]`
+    /// - output: f32 `[B, 3, h·P', w·P']`
+    pub fn decode_from_indices(&self, indices: &Tensor) -> candle_core::Result<Tensor> {
+        let (b, h, w) = indices.dims3()?;
+        let indices = indices.to_device(&self.device)?.reshape((b, h * w))?;
+        self.decode(&self.network.quantizer.lookup(&indices)?, (h, w))
+    }
+
+    /// The decoder's tokens `[B, h·w, D']` to pixels, f32 `[B, 3, h·P', w·P']`.
+    pub fn decode(&self, tokens: &Tensor, grid: (usize, usize)) -> candle_core::Result<Tensor> {
+        self.network.paint(tokens, grid, self.dtype)?.to_dtype(DType::F32)
+    }
+
+    /// The vectors that features are compared with, f32 `[K, e]`.
+    pub fn codebook(&self) -> candle_core::Result<Tensor> {
+        self.network.quantizer.codebook()
+    }
+
+    /// Number K of codes.
+    pub fn codebook_size(&self) -> usize {
+        self.config.quantizer.codebook_size()
+    }
+
+    /// The grid (h, w) of codes of an image of `height` × `width` pixels.
+    pub fn grid_of(&self, height: usize, width: usize) -> candle_core::Result<(usize, usize)> {
+        self.network.grid(height, width)
+    }
+
+    /// The hash of config and weights that codes are stamped with.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// How images become its input.
+    pub fn preprocessor(&self) -> &Preprocessor {
+        &self.preprocessor
+    }
+
+    /// Number of weights, the frozen codebook included.
+    pub fn parameters(&self) -> usize {
+        self.parameters
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What encoder and decoder compute in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+}
+
+/// The tensors of a new model: those `given` (all of a stage, or none of it), the others fresh from `seed`.
+pub fn fresh_tensors(config: &Config, given: Tensors, seed: u64) -> candle_core::Result<Tensors> {
+    Fresh::new(seed, given).make(|vb| Network::load(vb, config))
+}
+
+/// Writes a model folder; `model.safetensors` comes last, so a folder that has it is whole.
+pub fn save(folder: &Path, config: &Config, preprocessor: &Preprocessor, tensors: &Tensors) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let config = config.to_json()?;
+    let preprocessor = format!("{:#}", preprocessor.to_json());
+    weights::write_whole(&folder.join(CONFIG), (config.clone() + "\n").as_bytes())?;
+    weights::write_whole(&folder.join(PREPROCESSOR), (preprocessor + "\n").as_bytes())?;
+    let metadata = HashMap::from([("format".to_string(), "vqrae".to_string())]);
+    weights::write(&folder.join(weights::FILE), tensors, metadata)
+}
+
+/// What [`init`] made.
+#[derive(Debug, Clone, Serialize)]
+pub struct InitReport {
+    /// The new model's folder.
+    pub folder: PathBuf,
+    /// Its id.
+    pub id: String,
+    /// Weights that came from the encoder's folder.
+    pub pretrained: usize,
+    /// Weights that are fresh: quantizer and decoder.
+    pub fresh: usize,
+}
+
+/// Makes a new VQRAE of a pretrained encoder: a Hugging Face folder of SigLIP or fixed-size SigLIP2.
+///
+/// `config_file` is JSON with the sections `quantizer` and `decoder` of [`Config`] and, if wished, an `encoder` section
+/// with `features` and `backend`; the encoder's sizes come from its own folder. The preprocessor is the encoder's.
+pub fn init(encoder_folder: &Path, config_file: &Path, output: &Path, seed: u64) -> Result<InitReport> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Wishes {
+        quantizer: quantizer::Config,
+        #[serde(default)]
+        decoder: decoder::Config,
+        #[serde(default)]
+        encoder: EncoderWishes,
+    }
+    #[derive(Default, Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    struct EncoderWishes {
+        features: encoder::Features,
+        backend: encoder::Backend,
+    }
+    let text = std::fs::read_to_string(config_file).map_err(Error::io(config_file))?;
+    let wishes: Wishes = serde_json::from_str(&text).map_err(|e| Error::config(config_file, e))?;
+    let (mut siglip, mut given) = weights::siglip(encoder_folder)?;
+    siglip.features = wishes.encoder.features;
+    siglip.backend = wishes.encoder.backend;
+    if siglip.features == encoder::Features::BeforeNorm {
+        given.retain(|name, _| !name.contains(".post_layernorm."));
+    }
+    let pretrained = given.values().map(Tensor::elem_count).sum::<usize>();
+    let config = Config::new(encoder::Config::Siglip(siglip), wishes.quantizer, wishes.decoder);
+    config.check().map_err(|reason| Error::config(config_file, reason))?;
+    let preprocessor = Preprocessor::from_file(&encoder_folder.join(PREPROCESSOR))?;
+
+    let names: Vec<String> = given.keys().cloned().collect();
+    let tensors = fresh_tensors(&config, given, seed).map_err(|e| Error::weights(encoder_folder, e))?;
+    if let Some(left) = names.iter().find(|name| !tensors.contains_key(*name)) {
+        return Err(Error::weights(encoder_folder, format!("tensor `{left}` is not one that config.json has a use for")));
+    }
+    save(output, &config, &preprocessor, &tensors)?;
+    let total = tensors.values().map(Tensor::elem_count).sum::<usize>();
+    let id = weights::id(&config.to_json()?, &tensors)?;
+    Ok(InitReport { folder: output.to_path_buf(), id, pretrained, fresh: total - pretrained })
+}

@@ -1,0 +1,42 @@
+//! The operations again in plain tensor algebra: the reference for values and gradients, and what runs on other devices.
+
+use candle_core::{D, Result, Tensor};
+
+/// `x wᵀ + b`; see [`super::linear`].
+pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let width_out = weight.dim(0)?;
+    let mut shape = x.dims().to_vec();
+    let width_in = shape.pop().unwrap_or(1);
+    shape.push(width_out);
+    x.reshape(((), width_in))?.matmul(&weight.t()?)?.broadcast_add(bias)?.reshape(shape)
+}
+
+/// `(x − mean) / √(variance + ε) · weight + bias`; see [`super::layer_norm`].
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+    let normed = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
+    normed.broadcast_mul(weight)?.broadcast_add(bias)
+}
+
+/// The tanh form of GELU; see [`super::gelu`].
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    let inner = ((x + (x.powf(3.0)? * 0.044715)?)? * (2.0 / std::f64::consts::PI).sqrt())?;
+    (x * 0.5)? * (inner.tanh()? + 1.0)?
+}
+
+/// `softmax(q kᵀ / √d) v` for every head; see [`super::attention`].
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
+    let (b, n, d) = q.dims3()?;
+    let split = |x: &Tensor| x.reshape((b, n, heads, d / heads))?.transpose(1, 2)?.contiguous(); // [B,heads,N,d]
+    let (q, k, v) = (split(q)?, split(k)?, split(v)?);
+    let scores = (q.matmul(&k.t()?)? * (1.0 / ((d / heads) as f64).sqrt()))?; // [B,heads,N,N]
+    let weights = softmax(&scores)?;
+    weights.matmul(&v)?.transpose(1, 2)?.reshape((b, n, d))
+}
+
+/// The softmax over the last dimension, safe for large scores.
+fn softmax(scores: &Tensor) -> Result<Tensor> {
+    let exp = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
+    exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
+}

@@ -1,0 +1,73 @@
+//! GELU in the tanh form that SigLIP uses (`gelu_pytorch_tanh`).
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::vector::{sigmoid, vectorised};
+
+/// Elements that one piece of work covers.
+const PIECE: usize = 16_384;
+/// 2 √(2/π): the tanh form equals x · sigmoid(2u), where u = √(2/π) (x + 0.044715 x³).
+const TWO_U: f32 = 1.595_769_1;
+const CUBIC: f32 = 0.044_715;
+
+/// `x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))`, element by element.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    if super::fused(x) { x.contiguous()?.apply_op1(Gelu) } else { super::composed::gelu(x) }
+}
+
+struct Gelu;
+
+impl CustomOp1 for Gelu {
+    fn name(&self) -> &'static str {
+        "gelu"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = super::f32_slice(x, layout)?;
+        let mut out = vec![0f32; x.len()];
+        out.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).for_each(|(out, x)| {
+            vectorised(|| {
+                for (out, &x) in out.iter_mut().zip(x) {
+                    *out = x * sigmoid(TWO_U * (x + CUBIC * x * x * x));
+                }
+            })
+        });
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        x.apply_op2_no_bwd(&grad.contiguous()?, &GeluGradient).map(Some)
+    }
+}
+
+/// `grad · d gelu(x)/dx`.
+struct GeluGradient;
+
+impl CustomOp2 for GeluGradient {
+    fn name(&self) -> &'static str {
+        "gelu-gradient"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        grad: &CpuStorage,
+        grad_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let x = super::f32_slice(x, x_layout)?;
+        let grad = super::f32_slice(grad, grad_layout)?;
+        let mut out = vec![0f32; x.len()];
+        let pieces = out.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).zip(grad.par_chunks(PIECE));
+        pieces.for_each(|((out, x), grad)| {
+            vectorised(|| {
+                for ((out, &x), &grad) in out.iter_mut().zip(x).zip(grad) {
+                    let s = sigmoid(TWO_U * (x + CUBIC * x * x * x));
+                    *out = grad * (s + x * s * (1.0 - s) * TWO_U * (1.0 + 3.0 * CUBIC * x * x));
+                }
+            })
+        });
+        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+    }
+}

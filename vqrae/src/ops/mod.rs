@@ -1,0 +1,38 @@
+//! The operations of a transformer: a fast forward, each with its gradient.
+//!
+//! candle's own fused `softmax_last_dim`, `layer_norm` and `rms_norm` end the gradient without a word
+//! (`apply_op*_no_bwd`), so model code calls only what stands here. Every operation has a plain sibling in
+//! [`composed`], written in tensor algebra: it runs on devices and dtypes without a fused path (anything but f32 on the
+//! CPU), and the tests compare values and gradients with it.
+//!
+//! **Batch invariance.** On the CPU the work is cut into pieces whose shapes depend on one image alone (its N tokens, the
+//! layer's width), never on the batch or the number of threads. An image therefore gives the same bits alone and in any
+//! batch, which is what makes codes reproducible.
+
+mod attention;
+pub mod composed;
+mod gelu;
+mod layer_norm;
+mod linear;
+mod matrix;
+mod vector;
+
+pub use attention::attention;
+pub use gelu::gelu;
+pub use layer_norm::{LayerNorm, layer_norm};
+pub use linear::{Linear, linear};
+
+use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
+
+/// Whether `x` is where the fused paths are: f32 on the CPU.
+fn fused(x: &Tensor) -> bool {
+    x.device().is_cpu() && x.dtype() == DType::F32
+}
+
+/// The elements of a contiguous f32 tensor, as a custom op sees them.
+fn f32_slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let (start, end) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| candle_core::Error::msg("a fused op was given a tensor that is not contiguous"))?;
+    Ok(&storage.as_slice::<f32>()?[start..end])
+}
