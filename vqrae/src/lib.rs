@@ -10,9 +10,11 @@ pub mod decoder;
 pub mod encoder;
 pub mod error;
 pub mod image;
+pub mod metrics;
 pub mod model;
 pub mod ops;
 pub mod quantizer;
+pub mod train;
 pub mod vit;
 pub mod weights;
 

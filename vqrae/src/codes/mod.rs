@@ -234,23 +234,19 @@ impl Codes {
 }
 
 /// Writes `bytes` to a temporary sibling and renames it to `path`, making folders as needed: no reader ever sees half
-/// a file. A killed process may leave the sibling behind, a hidden file whose name ends in [`PARTIAL`].
+/// a file. A killed process may leave the sibling behind, under the name that tempfile gives: `.tmp` and six letters.
 pub fn write_whole(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
     let path = path.as_ref();
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    let mut file = partial_file(folder).map_err(Error::io(path))?;
+    let mut file = temporary_file(folder).map_err(Error::io(path))?;
     file.write_all(bytes).map_err(Error::io(path))?;
     file.persist(path).map_err(|error| Error::io(path)(error.error))?;
     Ok(())
 }
 
-/// How the name of a file that is not yet whole ends.
-pub const PARTIAL: &str = ".vqrae-partial";
-
-fn partial_file(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+fn temporary_file(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".").suffix(PARTIAL);
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;

@@ -25,11 +25,7 @@ fn decode_any(bytes: &[u8], limits: &Limits) -> Result<Rgb, ErrorKind> {
     let (mut image, orientation) = match image::guess_format(bytes) {
         Ok(ImageFormat::Jpeg) => jpeg::decode(bytes, limits)?,
         Ok(
-            format @ (ImageFormat::Png
-            | ImageFormat::WebP
-            | ImageFormat::Bmp
-            | ImageFormat::Gif
-            | ImageFormat::Tiff),
+            format @ (ImageFormat::Png | ImageFormat::WebP | ImageFormat::Bmp | ImageFormat::Gif | ImageFormat::Tiff),
         ) => decode_other(bytes, format, limits)?,
         _ => return Err(ErrorKind::NotAnImage),
     };
@@ -38,21 +34,14 @@ fn decode_any(bytes: &[u8], limits: &Limits) -> Result<Rgb, ErrorKind> {
     Rgb::new(width, height, into_rgb(image))
 }
 
-fn decode_other(
-    bytes: &[u8],
-    format: ImageFormat,
-    limits: &Limits,
-) -> Result<(DynamicImage, Orientation), ErrorKind> {
+fn decode_other(bytes: &[u8], format: ImageFormat, limits: &Limits) -> Result<(DynamicImage, Orientation), ErrorKind> {
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     reader.limits(decoder_limits(limits));
     read(reader.into_decoder().map_err(error_kind)?, limits)
 }
 
 /// Checks the header's size, then reads pixels and orientation.
-pub(super) fn read(
-    mut decoder: impl ImageDecoder,
-    limits: &Limits,
-) -> Result<(DynamicImage, Orientation), ErrorKind> {
+pub(super) fn read(mut decoder: impl ImageDecoder, limits: &Limits) -> Result<(DynamicImage, Orientation), ErrorKind> {
     let (width, height) = decoder.dimensions();
     limits.check(width.into(), height.into())?;
     let orientation = match decoder.orientation() {
@@ -63,10 +52,7 @@ pub(super) fn read(
         }
         Ok(orientation) => orientation,
     };
-    Ok((
-        DynamicImage::from_decoder(decoder).map_err(error_kind)?,
-        orientation,
-    ))
+    Ok((DynamicImage::from_decoder(decoder).map_err(error_kind)?, orientation))
 }
 
 /// Room for the largest allowed image at 16-bit RGBA, twice, whatever sizes are written inside the file.
@@ -74,12 +60,7 @@ fn decoder_limits(limits: &Limits) -> image::Limits {
     const BYTES_PER_PIXEL: u64 = 16;
     const SMALL_FILES: u64 = 64 << 20;
     let mut bounds = image::Limits::no_limits();
-    bounds.max_alloc = Some(
-        limits
-            .max_pixels
-            .saturating_mul(BYTES_PER_PIXEL)
-            .saturating_add(SMALL_FILES),
-    );
+    bounds.max_alloc = Some(limits.max_pixels.saturating_mul(BYTES_PER_PIXEL).saturating_add(SMALL_FILES));
     bounds
 }
 
@@ -95,9 +76,7 @@ fn xmp_orientation(xmp: &[u8]) -> Option<Orientation> {
     const TAG: &[u8] = b"tiff:Orientation";
     let after = xmp.windows(TAG.len()).position(|window| window == TAG)? + TAG.len();
     let rest = &xmp[after..];
-    let value = rest
-        .strip_prefix(b"=\"")
-        .or_else(|| rest.strip_prefix(b">"))?;
+    let value = rest.strip_prefix(b"=\"").or_else(|| rest.strip_prefix(b">"))?;
     Orientation::from_exif(value.first()?.checked_sub(b'0')?)
 }
 
@@ -146,14 +125,8 @@ pub(super) fn error_kind(error: ImageError) -> ErrorKind {
 }
 
 pub(super) fn panic_message(payload: &(dyn Any + Send)) -> String {
-    let message = payload
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or(payload.downcast_ref::<&str>().copied());
-    message
-        .unwrap_or("the decoder failed")
-        .trim_start_matches("libjpeg fatal error: ")
-        .to_owned()
+    let message = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
+    message.unwrap_or("the decoder failed").trim_start_matches("libjpeg fatal error: ").to_owned()
 }
 
 #[cfg(test)]
@@ -163,32 +136,17 @@ mod tests {
     /// `PIL.Image.alpha_composite(white, Image.new("RGBA", (1, 1), (v, v, v, a))).getpixel((0, 0))[0]`
     #[test]
     fn alpha_is_composited_on_white_as_pillow_does() {
-        for (colour, alpha, expected) in [
-            (0, 255, 0),
-            (0, 0, 255),
-            (0, 128, 127),
-            (100, 1, 254),
-            (37, 77, 189),
-            (255, 9, 255),
-        ] {
-            assert_eq!(
-                over_white(colour, alpha),
-                expected,
-                "colour {colour}, alpha {alpha}"
-            );
+        for (colour, alpha, expected) in
+            [(0, 255, 0), (0, 0, 255), (0, 128, 127), (100, 1, 254), (37, 77, 189), (255, 9, 255)]
+        {
+            assert_eq!(over_white(colour, alpha), expected, "colour {colour}, alpha {alpha}");
         }
     }
 
     #[test]
     fn xmp_orientation_is_read_in_both_spellings() {
-        assert_eq!(
-            xmp_orientation(b"<x tiff:Orientation=\"6\"/>"),
-            Some(Orientation::Rotate90)
-        );
-        assert_eq!(
-            xmp_orientation(b"<tiff:Orientation>3<"),
-            Some(Orientation::Rotate180)
-        );
+        assert_eq!(xmp_orientation(b"<x tiff:Orientation=\"6\"/>"), Some(Orientation::Rotate90));
+        assert_eq!(xmp_orientation(b"<tiff:Orientation>3<"), Some(Orientation::Rotate180));
         assert_eq!(xmp_orientation(b"tiff:Orientation"), None);
         assert_eq!(xmp_orientation(b"tiff:Orientation=\"!\""), None);
     }

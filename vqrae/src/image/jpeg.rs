@@ -3,11 +3,7 @@
 pub(super) use decoder::decode;
 
 /// The JPEG decoder of this build, as a manifest records it: codes depend on it.
-pub const DECODER: &str = if cfg!(feature = "mozjpeg") {
-    "mozjpeg"
-} else {
-    "zune"
-};
+pub const DECODER: &str = if cfg!(feature = "mozjpeg") { "mozjpeg" } else { "zune" };
 
 #[cfg(feature = "mozjpeg")]
 mod decoder {
@@ -23,73 +19,41 @@ mod decoder {
     use crate::image::{ErrorKind, Limits};
 
     /// Pixels and orientation of a JPEG. Past the end of the bytes lies an error, not a made-up end marker.
-    pub(in crate::image) fn decode(
-        bytes: &[u8],
-        limits: &Limits,
-    ) -> Result<(DynamicImage, Orientation), ErrorKind> {
+    pub(in crate::image) fn decode(bytes: &[u8], limits: &Limits) -> Result<(DynamicImage, Orientation), ErrorKind> {
         let ran_dry = Cell::new(false);
-        let source = Source {
-            rest: bytes,
-            ran_dry: &ran_dry,
-        };
+        let source = Source { rest: bytes, ran_dry: &ran_dry };
         // libjpeg's fatal errors come as unwinding, past the panic hook: nothing is printed.
         let decoded = catch_unwind(AssertUnwindSafe(|| decompress(source, limits)))
             .unwrap_or_else(|payload| Err(ErrorKind::Decode(panic_message(payload.as_ref()))));
-        decoded.map_err(|kind| {
-            if ran_dry.get() {
-                ErrorKind::Truncated
-            } else {
-                kind
-            }
-        })
+        decoded.map_err(|kind| if ran_dry.get() { ErrorKind::Truncated } else { kind })
     }
 
-    fn decompress(
-        source: Source<'_>,
-        limits: &Limits,
-    ) -> Result<(DynamicImage, Orientation), ErrorKind> {
+    fn decompress(source: Source<'_>, limits: &Limits) -> Result<(DynamicImage, Orientation), ErrorKind> {
         const APP1: &[Marker] = &[Marker::APP(1)];
-        let header = Decompress::with_markers(APP1)
-            .from_reader(source)
-            .map_err(refused)?;
+        let header = Decompress::with_markers(APP1).from_reader(source).map_err(refused)?;
         let (width, height) = header.size();
         limits.check(width as u64, height as u64)?;
         let orientation = orientation(&header);
         let pixels = match header.color_space() {
             ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK => {
-                let mut lines = header
-                    .to_colorspace(ColorSpace::JCS_CMYK)
-                    .map_err(refused)?;
+                let mut lines = header.to_colorspace(ColorSpace::JCS_CMYK).map_err(refused)?;
                 adobe_cmyk_to_rgb(&lines.read_scanlines::<u8>().map_err(refused)?)
             }
-            _ => header
-                .rgb()
-                .map_err(refused)?
-                .read_scanlines::<u8>()
-                .map_err(refused)?,
+            _ => header.rgb().map_err(refused)?.read_scanlines::<u8>().map_err(refused)?,
         };
-        // The end marker is not waited for: Pillow too is content once it has every row.
-        let image =
-            RgbImage::from_raw(width as u32, height as u32, pixels).ok_or(ErrorKind::Truncated)?;
+        // No finish(): like Pillow, ask for nothing after the last row.
+        let image = RgbImage::from_raw(width as u32, height as u32, pixels).ok_or(ErrorKind::Truncated)?;
         Ok((DynamicImage::ImageRgb8(image), orientation))
     }
 
     fn orientation(header: &Decompress<Source<'_>>) -> Orientation {
-        let app1 = |prefix: &[u8]| {
-            header
-                .markers()
-                .find_map(|marker| marker.data.strip_prefix(prefix))
-        };
+        let app1 = |prefix: &[u8]| header.markers().find_map(|marker| marker.data.strip_prefix(prefix));
         orientation_of(app1(b"Exif\0\0"), app1(b"http://ns.adobe.com/xap/1.0/\0"))
     }
 
     /// Adobe stores 255 − ink, so the products below are `(255 − ink)(255 − black) / 255`.
     fn adobe_cmyk_to_rgb(cmyk: &[u8]) -> Vec<u8> {
-        cmyk.as_chunks::<4>()
-            .0
-            .iter()
-            .flat_map(|&[c, m, y, k]| [c, m, y].map(|v| multiply(v, k)))
-            .collect()
+        cmyk.as_chunks::<4>().0.iter().flat_map(|&[c, m, y, k]| [c, m, y].map(|v| multiply(v, k))).collect()
     }
 
     /// `round(a · b / 255)` by shift and add, as Pillow's `MULDIV255`.
@@ -144,17 +108,12 @@ mod decoder {
     use crate::image::{ErrorKind, Limits};
 
     /// Pixels and orientation of a JPEG.
-    pub(in crate::image) fn decode(
-        bytes: &[u8],
-        limits: &Limits,
-    ) -> Result<(DynamicImage, Orientation), ErrorKind> {
-        let decoder = JpegDecoder::new(Cursor::new(bytes)).map_err(error_kind)?;
-        let decoded = read(decoder, limits)?;
-        // This decoder fills what is missing with grey and says nothing.
-        if has_end_marker(bytes) {
-            Ok(decoded)
-        } else {
-            Err(ErrorKind::Truncated)
+    pub(in crate::image) fn decode(bytes: &[u8], limits: &Limits) -> Result<(DynamicImage, Orientation), ErrorKind> {
+        let decoder = JpegDecoder::new(Cursor::new(bytes)).map_err(error_kind);
+        match decoder.and_then(|decoder| read(decoder, limits)) {
+            // This decoder fills what is missing with grey and says nothing.
+            Ok(_) | Err(ErrorKind::Decode(_)) if !has_end_marker(bytes) => Err(ErrorKind::Truncated),
+            decoded => decoded,
         }
     }
 

@@ -162,31 +162,19 @@ pub struct Rgb {
 impl Rgb {
     /// Checks that there is at least one pixel and that `data` holds them all.
     pub fn new(width: usize, height: usize, data: Vec<u8>) -> Result<Self, ErrorKind> {
-        let image = Self {
-            width,
-            height,
-            data,
-        };
+        let image = Self { width, height, data };
         image.check().map(|()| image)
     }
 
     /// The fields are public, so whoever computes with their sizes asks again.
     fn check(&self) -> Result<(), ErrorKind> {
-        let Self {
-            width,
-            height,
-            ref data,
-        } = *self;
+        let Self { width, height, ref data } = *self;
         if width == 0 || height == 0 {
             return Err(ErrorKind::EmptyImage { width, height });
         }
         let expected = width.checked_mul(height).and_then(|n| n.checked_mul(3));
         if expected != Some(data.len()) {
-            return Err(ErrorKind::WrongLength {
-                width,
-                height,
-                got: data.len(),
-            });
+            return Err(ErrorKind::WrongLength { width, height, got: data.len() });
         }
         Ok(())
     }
@@ -202,9 +190,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self {
-            max_pixels: 2 * 89_478_485,
-        }
+        Self { max_pixels: 2 * 89_478_485 }
     }
 }
 
@@ -212,40 +198,25 @@ impl Limits {
     fn check(&self, width: u64, height: u64) -> Result<(), ErrorKind> {
         match width.checked_mul(height) {
             Some(pixels) if pixels <= self.max_pixels => Ok(()),
-            _ => Err(ErrorKind::TooManyPixels {
-                width,
-                height,
-                limit: self.max_pixels,
-            }),
+            _ => Err(ErrorKind::TooManyPixels { width, height, limit: self.max_pixels }),
         }
     }
 }
 
 /// Reads and [`decode`]s a file.
 pub fn open(path: &Path, limits: &Limits) -> Result<Rgb, Error> {
-    let bytes = std::fs::read(path).map_err(|source| Error::Unreadable {
-        path: path.into(),
-        source,
-    })?;
-    decode(&bytes, limits).map_err(|kind| Error::Image {
-        path: path.into(),
-        kind,
-    })
+    let bytes = std::fs::read(path).map_err(|source| Error::Unreadable { path: path.into(), source })?;
+    decode(&bytes, limits).map_err(|kind| Error::Image { path: path.into(), kind })
 }
 
 /// Writes a PNG to a temporary sibling and renames it: the file appears whole or not at all.
 pub fn save_png(path: &Path, image: &Rgb) -> Result<(), Error> {
-    write_png(path, image).map_err(|source| Error::Unwritable {
-        path: path.into(),
-        source,
-    })
+    write_png(path, image).map_err(|source| Error::Unwritable { path: path.into(), source })
 }
 
 fn write_png(path: &Path, image: &Rgb) -> io::Result<()> {
     image.check().map_err(io::Error::other)?;
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     let mut builder = tempfile::Builder::new();
     #[cfg(unix)]
     {

@@ -70,11 +70,7 @@ fn resize_width(image: &Rgb, width: usize, filter: Filter) -> Rgb {
             data.extend(sums.map(to_8_bits));
         }
     }
-    Rgb {
-        width,
-        height: image.height,
-        data,
-    }
+    Rgb { width, height: image.height, data }
 }
 
 fn resize_height(image: &Rgb, height: usize, filter: Filter) -> Rgb {
@@ -94,11 +90,7 @@ fn resize_height(image: &Rgb, height: usize, filter: Filter) -> Rgb {
         }
         data.extend(sums.iter().map(|&sum| to_8_bits(sum)));
     }
-    Rgb {
-        width: image.width,
-        height,
-        data,
-    }
+    Rgb { width: image.width, height, data }
 }
 
 fn to_8_bits(sum: i32) -> u8 {
@@ -113,15 +105,11 @@ fn windows(source: usize, target: usize, filter: Filter) -> Vec<Window> {
         let centre = (index as f64 + 0.5) * scale;
         let first = (centre - support + 0.5).max(0.0) as usize;
         let end = ((centre + support + 0.5) as usize).min(source);
-        let weight =
-            |pixel: usize| filter.weight((pixel as f64 - centre + 0.5) * (1.0 / filter_scale));
+        let weight = |pixel: usize| filter.weight((pixel as f64 - centre + 0.5) * (1.0 / filter_scale));
         let weights: Vec<f64> = (first..end).map(weight).collect();
         let total: f64 = weights.iter().sum();
         let fixed = |weight: f64| (weight / total * f64::from(1 << PRECISION_BITS)).round() as i32;
-        Window {
-            first,
-            weights: weights.into_iter().map(fixed).collect(),
-        }
+        Window { first, weights: weights.into_iter().map(fixed).collect() }
     };
     (0..target).map(window).collect()
 }

@@ -90,10 +90,7 @@ impl Preprocessor {
     /// Reads a `preprocessor_config.json`.
     pub fn from_file(path: &Path) -> Result<Self, Error> {
         let read = || Self::from_json(&std::fs::read_to_string(path)?);
-        read().map_err(|source| Error::Config {
-            path: path.into(),
-            source,
-        })
+        read().map_err(|source| Error::Config { path: path.into(), source })
     }
 
     /// Reads the text of a `preprocessor_config.json`. Keys that do not change pixels are ignored.
@@ -154,11 +151,7 @@ impl Preprocessor {
             ResizeMode::AdmCrop => self.adm_crop(image),
             ResizeMode::Pad => self.fit_and_pad(image),
         };
-        prepared.map_err(|reason| ErrorKind::Resize {
-            size: self.size,
-            mode: self.resize_mode,
-            reason,
-        })
+        prepared.map_err(|reason| ErrorKind::Resize { size: self.size, mode: self.resize_mode, reason })
     }
 
     /// `((x − mean / factor) / (std / factor))` in `f32`: transformers folds the rescaling into mean and std, and the
@@ -194,11 +187,7 @@ impl Preprocessor {
                 pixel[c] = (value * std + mean).round() as u8;
             }
         }
-        Rgb {
-            width: w,
-            height: h,
-            data,
-        }
+        Rgb { width: w, height: h, data }
     }
 
     /// Everything that decides the 8-bit pixels, for a manifest: `squash-bicubic-torchvision/mozjpeg`.
@@ -208,10 +197,7 @@ impl Preprocessor {
             _ if !self.do_resize => format!("unresized/{JPEG_DECODER}"),
             ResizeMode::AdmCrop => format!("{mode}-{}-pillow13/{JPEG_DECODER}", Resample::Bicubic),
             ResizeMode::CenterCrop if self.short_side() != self.size.0.max(self.size.1) => {
-                format!(
-                    "{mode}-from-{}-{resample}-torchvision/{JPEG_DECODER}",
-                    self.short_side()
-                )
+                format!("{mode}-from-{}-{resample}-torchvision/{JPEG_DECODER}", self.short_side())
             }
             _ => format!("{mode}-{resample}-torchvision/{JPEG_DECODER}"),
         }
@@ -223,16 +209,11 @@ impl Preprocessor {
 
     fn take_as_is(&self, image: &Rgb) -> Result<Rgb, String> {
         let (height, width) = self.size;
-        let crops = self.resize_mode == ResizeMode::CenterCrop
-            && image.width >= width
-            && image.height >= height;
+        let crops = self.resize_mode == ResizeMode::CenterCrop && image.width >= width && image.height >= height;
         if crops || (image.width, image.height) == (width, height) {
             return self.cut_centre(image);
         }
-        Err(format!(
-            "the image is {}x{} and do_resize is false",
-            image.width, image.height
-        ))
+        Err(format!("the image is {}x{} and do_resize is false", image.width, image.height))
     }
 
     /// torchvision's sizes: the long side is cut down to a whole pixel.
@@ -265,31 +246,20 @@ impl Preprocessor {
 
     fn fit_and_pad(&self, image: &Rgb) -> Result<Rgb, String> {
         let (height, width) = self.size;
-        let share =
-            |n: usize, part: usize, whole: usize| ((2 * n * part + whole) / (2 * whole)).max(1);
+        let share = |n: usize, part: usize, whole: usize| ((2 * n * part + whole) / (2 * whole)).max(1);
         let (fitted_width, fitted_height) = if width * image.height <= height * image.width {
             (width, share(image.height, width, image.width))
         } else {
             (share(image.width, height, image.height), height)
         };
-        Ok(pad(
-            &resize(image, fitted_width, fitted_height, self.resample)?,
-            width,
-            height,
-        ))
+        Ok(pad(&resize(image, fitted_width, fitted_height, self.resample)?, width, height))
     }
 
     fn cut_centre(&self, image: &Rgb) -> Result<Rgb, String> {
         let (height, width) = self.size;
-        match (
-            image.width.checked_sub(width),
-            image.height.checked_sub(height),
-        ) {
+        match (image.width.checked_sub(width), image.height.checked_sub(height)) {
             (Some(across), Some(down)) => Ok(crop(image, across / 2, down / 2, width, height)),
-            _ => Err(format!(
-                "the short side is resized to only {} pixels",
-                self.short_side()
-            )),
+            _ => Err(format!("the short side is resized to only {} pixels", self.short_side())),
         }
     }
 
@@ -308,16 +278,9 @@ impl Preprocessor {
 
     /// Mean and standard deviation on the scale of 0..255.
     fn mean_and_std(&self, channel: usize) -> (f32, f32) {
-        let whole = if self.do_rescale {
-            (1.0 / self.rescale_factor) as f32
-        } else {
-            1.0
-        };
+        let whole = if self.do_rescale { (1.0 / self.rescale_factor) as f32 } else { 1.0 };
         match self.do_normalize {
-            true => (
-                self.image_mean[channel] * whole,
-                self.image_std[channel] * whole,
-            ),
+            true => (self.image_mean[channel] * whole, self.image_std[channel] * whole),
             false => (0.0, whole),
         }
     }
@@ -342,16 +305,10 @@ impl Keys {
     fn refuse_what_we_lack(&self) -> Result<(), ConfigError> {
         let unsupported = |key, reason| Err(ConfigError::Unsupported { key, reason });
         if self.get("max_num_patches").is_some() {
-            return unsupported(
-                "max_num_patches",
-                "the encoder wants one fixed size, not naflex's variable one",
-            );
+            return unsupported("max_num_patches", "the encoder wants one fixed size, not naflex's variable one");
         }
         if self.flag("do_pad", false)? {
-            return unsupported(
-                "do_pad",
-                "use \"resize_mode\": \"pad\", which centres on white",
-            );
+            return unsupported("do_pad", "use \"resize_mode\": \"pad\", which centres on white");
         }
         Ok(())
     }
@@ -359,9 +316,7 @@ impl Keys {
     fn flag(&self, key: &'static str, default: bool) -> Result<bool, ConfigError> {
         match self.get(key) {
             None => Ok(default),
-            Some(value) => value
-                .as_bool()
-                .ok_or_else(|| wrong(key, "true or false", value)),
+            Some(value) => value.as_bool().ok_or_else(|| wrong(key, "true or false", value)),
         }
     }
 
@@ -370,9 +325,7 @@ impl Keys {
             None if required => Err(ConfigError::Missing { key: "resample" }),
             None => Ok(Resample::Bicubic),
             Some(value) => {
-                let known = value
-                    .as_u64()
-                    .and_then(|number| Resample::try_from(number).ok());
+                let known = value.as_u64().and_then(|number| Resample::try_from(number).ok());
                 known.ok_or_else(|| wrong("resample", "2 (bilinear) or 3 (bicubic)", value))
             }
         }
@@ -386,17 +339,11 @@ impl Keys {
         positive.ok_or_else(|| wrong("rescale_factor", "a positive number", value))
     }
 
-    fn channels(
-        &self,
-        key: &'static str,
-        required: bool,
-        default: f32,
-    ) -> Result<[f32; 3], ConfigError> {
+    fn channels(&self, key: &'static str, required: bool, default: f32) -> Result<[f32; 3], ConfigError> {
         match self.get(key) {
             None if required => Err(ConfigError::Missing { key }),
             None => Ok([default; 3]),
-            Some(value) => serde_json::from_value(value.clone())
-                .map_err(|_| wrong(key, "three numbers", value)),
+            Some(value) => serde_json::from_value(value.clone()).map_err(|_| wrong(key, "three numbers", value)),
         }
     }
 
@@ -410,50 +357,28 @@ impl Keys {
 
     /// Size of the result, `shortest_edge` and mode out of `size`, `do_center_crop`, `crop_size` and `resize_mode`.
     fn geometry(&self) -> Result<(Size, Option<usize>, ResizeMode), ConfigError> {
-        let size = self
-            .get("size")
-            .ok_or(ConfigError::Missing { key: "size" })?;
+        let size = self.get("size").ok_or(ConfigError::Missing { key: "size" })?;
         if self.flag("do_center_crop", false)? {
             let (crop, short) = self.crop(size)?;
-            let default = if short.is_some() {
-                ResizeMode::CenterCrop
-            } else {
-                ResizeMode::Squash
-            };
+            let default = if short.is_some() { ResizeMode::CenterCrop } else { ResizeMode::Squash };
             return Ok((crop, short, self.resize_mode(default)?));
         }
         if size.get("shortest_edge").is_some() {
             let reason = "with shortest_edge alone the result has no fixed size; add do_center_crop and crop_size";
-            return Err(ConfigError::Unsupported {
-                key: "size",
-                reason,
-            });
+            return Err(ConfigError::Unsupported { key: "size", reason });
         }
-        Ok((
-            height_and_width("size", size)?,
-            None,
-            self.resize_mode(ResizeMode::Squash)?,
-        ))
+        Ok((height_and_width("size", size)?, None, self.resize_mode(ResizeMode::Squash)?))
     }
 
     /// The crop's size, and the short side that it is cut from. A `size` of height and width that the crop only
     /// repeats is a squash.
     fn crop(&self, size: &Value) -> Result<(Size, Option<usize>), ConfigError> {
-        let crop = self
-            .get("crop_size")
-            .map(|value| height_and_width("crop_size", value))
-            .transpose()?;
-        let Some(short) = size
-            .get("shortest_edge")
-            .or(size.is_number().then_some(size))
-        else {
+        let crop = self.get("crop_size").map(|value| height_and_width("crop_size", value)).transpose()?;
+        let Some(short) = size.get("shortest_edge").or(size.is_number().then_some(size)) else {
             let size = height_and_width("size", size)?;
             if crop.is_some_and(|crop| crop != size) {
                 let reason = "with do_center_crop a size of height and width must equal it; use shortest_edge";
-                return Err(ConfigError::Unsupported {
-                    key: "crop_size",
-                    reason,
-                });
+                return Err(ConfigError::Unsupported { key: "crop_size", reason });
             }
             return Ok((size, None));
         };
@@ -461,10 +386,7 @@ impl Keys {
         let crop = crop.unwrap_or((short, short));
         if crop.0.max(crop.1) > short {
             let reason = "it is larger than size.shortest_edge";
-            return Err(ConfigError::Unsupported {
-                key: "crop_size",
-                reason,
-            });
+            return Err(ConfigError::Unsupported { key: "crop_size", reason });
         }
         Ok((crop, Some(short)))
     }
@@ -489,14 +411,9 @@ fn pixels(key: &'static str, value: &Value) -> Result<usize, ConfigError> {
     const MOST: u64 = 16_384;
     let side = value.as_u64().filter(|side| (1..=MOST).contains(side));
     let expected = "pixels (1 to 16384), as a number or {\"height\", \"width\"}";
-    side.map(|side| side as usize)
-        .ok_or_else(|| wrong(key, expected, value))
+    side.map(|side| side as usize).ok_or_else(|| wrong(key, expected, value))
 }
 
 fn wrong(key: &'static str, expected: &'static str, got: &Value) -> ConfigError {
-    ConfigError::Wrong {
-        key,
-        expected,
-        got: got.to_string(),
-    }
+    ConfigError::Wrong { key, expected, got: got.to_string() }
 }

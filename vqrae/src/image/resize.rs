@@ -49,11 +49,7 @@ impl FromStr for ResizeMode {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|mode| mode.name() == text);
-        found.ok_or_else(|| {
-            format!(
-                "unknown resize mode, expected: squash, center-crop, adm-crop or pad, got: {text}"
-            )
-        })
+        found.ok_or_else(|| format!("unknown resize mode, expected: squash, center-crop, adm-crop or pad, got: {text}"))
     }
 }
 
@@ -84,9 +80,7 @@ impl TryFrom<u64> for Resample {
         match number {
             2 => Ok(Self::Bilinear),
             3 => Ok(Self::Bicubic),
-            _ => Err(format!(
-                "unknown resample, expected: 2 (bilinear) or 3 (bicubic), got: {number}"
-            )),
+            _ => Err(format!("unknown resample, expected: 2 (bilinear) or 3 (bicubic), got: {number}")),
         }
     }
 }
@@ -113,12 +107,7 @@ impl fmt::Display for Resample {
 ///
 /// Each axis is a pass of its own, width first: torch rounds to 8 bits in between, and one call of
 /// `fast_image_resize` would start with the height. An axis that keeps its length is not touched.
-pub(super) fn resize(
-    image: &Rgb,
-    width: usize,
-    height: usize,
-    resample: Resample,
-) -> Result<Rgb, String> {
+pub(super) fn resize(image: &Rgb, width: usize, height: usize, resample: Resample) -> Result<Rgb, String> {
     affordable(image, width, height)?;
     let wide = pass(image, width, image.height, resample)?;
     pass(wide.as_ref().unwrap_or(image), width, height, resample)
@@ -130,57 +119,28 @@ pub(super) fn resize(
 pub(super) fn affordable(image: &Rgb, width: usize, height: usize) -> Result<(), String> {
     let after_both = Limits::default().check(width as u64, height as u64);
     let after_first = Limits::default().check(width as u64, image.height as u64);
-    after_both
-        .and(after_first)
-        .map_err(|kind| format!("on the way there are {kind}"))
+    after_both.and(after_first).map_err(|kind| format!("on the way there are {kind}"))
 }
 
 /// One axis; `None` where the size is there already.
-fn pass(
-    image: &Rgb,
-    width: usize,
-    height: usize,
-    resample: Resample,
-) -> Result<Option<Rgb>, String> {
+fn pass(image: &Rgb, width: usize, height: usize, resample: Resample) -> Result<Option<Rgb>, String> {
     if (image.width, image.height) == (width, height) {
         return Ok(None);
     }
     let side = |n: usize| u32::try_from(n).map_err(|_| format!("a side of {n} pixels"));
-    let source = ImageRef::new(
-        side(image.width)?,
-        side(image.height)?,
-        &image.data,
-        PixelType::U8x3,
-    )
-    .map_err(|error| error.to_string())?;
+    let source = ImageRef::new(side(image.width)?, side(image.height)?, &image.data, PixelType::U8x3)
+        .map_err(|error| error.to_string())?;
     let mut target = Image::new(side(width)?, side(height)?, PixelType::U8x3);
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(resample.filter()));
-    Resizer::new()
-        .resize(&source, &mut target, &options)
-        .map_err(|error| error.to_string())?;
-    Ok(Some(Rgb {
-        width,
-        height,
-        data: target.into_vec(),
-    }))
+    Resizer::new().resize(&source, &mut target, &options).map_err(|error| error.to_string())?;
+    Ok(Some(Rgb { width, height, data: target.into_vec() }))
 }
 
 /// The window of `width` × `height` whose top left corner is at `left`, `top`.
 pub(super) fn crop(image: &Rgb, left: usize, top: usize, width: usize, height: usize) -> Rgb {
-    let rows = image
-        .data
-        .chunks_exact(3 * image.width)
-        .skip(top)
-        .take(height);
-    let data = rows
-        .flat_map(|row| &row[3 * left..3 * (left + width)])
-        .copied()
-        .collect();
-    Rgb {
-        width,
-        height,
-        data,
-    }
+    let rows = image.data.chunks_exact(3 * image.width).skip(top).take(height);
+    let data = rows.flat_map(|row| &row[3 * left..3 * (left + width)]).copied().collect();
+    Rgb { width, height, data }
 }
 
 /// `image` in the centre of a white `width` × `height`; a spare odd row or column goes below and to the right.
@@ -192,9 +152,5 @@ pub(super) fn pad(image: &Rgb, width: usize, height: usize) -> Rgb {
     for (target, source) in rows.zip(image.data.chunks_exact(3 * image.width)) {
         target[3 * left..3 * (left + image.width)].copy_from_slice(source);
     }
-    Rgb {
-        width,
-        height,
-        data,
-    }
+    Rgb { width, height, data }
 }

@@ -36,6 +36,8 @@ pub struct SimVqConfig {
     pub transform_bias: bool,
     /// How a fresh W starts.
     pub transform_init: TransformInit,
+    /// Whether the codebook C is trained together with W: the paper freezes it, SimVQ's authors say that both work.
+    pub train_codebook: bool,
     /// Standard deviation of a fresh codebook; `null` is e^(−1/2), SimVQ's.
     pub codebook_std: Option<f64>,
 }
@@ -71,6 +73,7 @@ impl Default for SimVqConfig {
             commitment_cost: 0.25,
             transform_bias: false,
             transform_init: TransformInit::default(),
+            train_codebook: false,
             codebook_std: None,
         }
     }
@@ -96,7 +99,7 @@ impl SimVqConfig {
 #[derive(Debug, Clone)]
 pub struct SimVq {
     linear_in: Linear,
-    /// Frozen: detached from whatever the VarBuilder gave.
+    /// Detached from whatever the VarBuilder gave, unless the config trains it.
     codebook: Tensor,
     transform: Tensor,
     transform_bias: Option<Tensor>,
@@ -122,7 +125,8 @@ impl SimVq {
         let bound = (e as f64).sqrt().recip();
         let uniform = Init::Uniform { lo: -bound, up: bound };
         let stdev = config.codebook_std.unwrap_or(bound);
-        let codebook = vb.get_with_hints((k, e), "codebook", Init::Randn { mean: 0.0, stdev })?.detach();
+        let codebook = vb.get_with_hints((k, e), "codebook", Init::Randn { mean: 0.0, stdev })?;
+        let codebook = if config.train_codebook { codebook } else { codebook.detach() };
         let transform = match config.transform_init {
             TransformInit::Torch => vb.get_with_hints((e, e), "transform.weight", uniform)?,
             TransformInit::Identity => vb.get_with_hints((e, e), "transform.weight", weights::IDENTITY)?,
@@ -177,7 +181,8 @@ impl SimVq {
     }
 
     fn prepare(&self) -> Result<Prepared> {
-        let trained = self.transform.track_op() || self.transform_bias.as_ref().is_some_and(Tensor::track_op);
+        let trained = [Some(&self.codebook), Some(&self.transform), self.transform_bias.as_ref()];
+        let trained = trained.into_iter().flatten().any(Tensor::track_op);
         if trained {
             return self.transform_codebook();
         }

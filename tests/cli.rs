@@ -1,0 +1,590 @@
+//! The binary on temporary folders: what it writes, what it says, and how it ends.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use vqrae::Config;
+use vqrae::codes::Codes;
+use vqrae::image::{Preprocessor, Resample, Rgb, save_png};
+use vqrae::model::{fresh_tensors, save};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_vqrae-cli");
+
+/// Side of the tiny model's images.
+const SIDE: usize = 32;
+
+/// A temporary folder with a tiny untrained model in `model`.
+struct Bench {
+    folder: TempDir,
+}
+
+/// How a run of the binary ended.
+struct Run {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let bench = Self { folder: tempfile::tempdir().expect("a temporary folder") };
+        bench.make_model("model", 1);
+        bench
+    }
+
+    /// With `count` photos below `photos`, some of them in sub-folders.
+    fn with_photos(count: usize) -> Self {
+        let bench = Self::new();
+        for i in 0..count {
+            let folder = ["photos", "photos/cats", "photos/cats/tom"][i % 3];
+            bench.make_photo(&format!("{folder}/{i:04}.{}", ["png", "jpg"][i % 2]), i);
+        }
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn make_model(&self, name: &str, seed: u64) {
+        let config = serde_json::json!({
+            "model_type": "vqrae",
+            "format": 1,
+            "encoder": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": SIDE,
+                "patch_size": 8,
+            },
+            "quantizer": { "type": "simvq", "codebook_size": 64, "codebook_dim": 8 },
+        });
+        let config = Config::from_json(&config.to_string(), Path::new("config.json")).expect("a config");
+        let tensors = fresh_tensors(&config, BTreeMap::new(), seed).expect("tensors");
+        let preprocessor = Preprocessor::siglip(SIDE, Resample::Bicubic);
+        save(&self.path(name), &config, &preprocessor, &tensors).expect("a model folder");
+    }
+
+    /// A picture of waves that no two `seed`s share.
+    fn make_photo(&self, name: &str, seed: usize) {
+        self.write(name, b"");
+        let wave = |x: u32, y: u32, c: u32| {
+            let phase = f64::from(x * (c + 1)) / 17.0 + f64::from(y) / (5.0 + c as f64) + seed as f64;
+            (127.0 + 120.0 * phase.sin()) as u8
+        };
+        let pixels =
+            image::RgbImage::from_fn(60 + seed as u32 % 7, 45, |x, y| image::Rgb([0, 1, 2].map(|c| wave(x, y, c))));
+        pixels.save(self.path(name)).expect("a photo");
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
+        std::fs::write(path, bytes).expect("a file");
+    }
+
+    fn bytes(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.path(name)).expect(name)
+    }
+
+    /// A command with the words of `line`, run in the temporary folder.
+    fn command(&self, line: &str) -> Command {
+        let mut command = Command::new(BINARY);
+        command.args(line.split_whitespace()).current_dir(self.folder.path()).env_remove("RUST_BACKTRACE");
+        command
+    }
+
+    #[track_caller]
+    fn run(&self, line: &str) -> Run {
+        finish(self.command(line))
+    }
+
+    /// The bytes of every file below a folder, by relative path.
+    fn tree(&self, name: &str) -> BTreeMap<PathBuf, Vec<u8>> {
+        let mut files = BTreeMap::new();
+        let mut folders = vec![self.path(name)];
+        while let Some(folder) = folders.pop() {
+            for entry in folder.read_dir().expect("a folder") {
+                let path = entry.expect("an entry").path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else {
+                    let relative = path.strip_prefix(self.path(name)).expect("below").to_path_buf();
+                    files.insert(relative, std::fs::read(path).expect("a file"));
+                }
+            }
+        }
+        files
+    }
+
+    /// The model's id, as `inspect` tells it.
+    fn id(&self, model: &str) -> String {
+        let facts: Value =
+            serde_json::from_str(&self.run(&format!("inspect {model} --json")).exits(0).stdout).expect("JSON");
+        facts["id"].as_str().expect("an id").to_string()
+    }
+}
+
+#[track_caller]
+fn finish(mut command: Command) -> Run {
+    let output = command.stdin(Stdio::null()).output().expect("the binary");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+    let run = Run { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) };
+    assert!(!run.stderr.contains("panicked"), "{}", run.stderr);
+    run
+}
+
+impl Run {
+    #[track_caller]
+    fn exits(self, code: i32) -> Self {
+        assert_eq!(self.code, Some(code), "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        self
+    }
+
+    #[track_caller]
+    fn says(self, parts: &[&str]) -> Self {
+        for part in parts {
+            assert!(self.stderr.contains(part), "expected {part:?} in stderr: {}", self.stderr);
+        }
+        self
+    }
+
+    /// The summary, which is all that stdout holds.
+    #[track_caller]
+    fn summary(&self) -> Value {
+        assert_eq!(self.stdout.lines().count(), 1, "{}", self.stdout);
+        serde_json::from_str(&self.stdout).expect("JSON")
+    }
+}
+
+fn fixture(name: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/image").join(name);
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+#[test]
+fn a_folder_becomes_code_files_a_manifest_and_a_summary() {
+    let bench = Bench::with_photos(7);
+    let run = bench.run("tokenize photos -o out --model model --batch_size 3 --dtype fp32").exits(0);
+    let summary = run.summary();
+    assert_eq!((&summary["images"], &summary["skipped"], &summary["resumed"]), (&7.into(), &0.into(), &0.into()));
+    assert!(summary["seconds"].is_number() && summary["images_per_second"].is_number());
+
+    let codes = Codes::read(bench.path("out/codes/cats/0001.jpg.safetensors")).expect("codes");
+    assert_eq!((codes.h, codes.w, codes.codebook_size), (4, 4, 64));
+    assert_eq!((codes.source.as_str(), codes.dtype.as_str()), ("cats/0001.jpg", "f32"));
+    assert_eq!(codes.model_id, bench.id("model"));
+    let manifest: Value = serde_json::from_slice(&bench.bytes("out/manifest.json")).expect("JSON");
+    assert_eq!(manifest["model_id"], codes.model_id.as_str());
+    assert_eq!(manifest["preprocessing"], codes.preprocessing.as_str());
+    assert_eq!(manifest["grid"], serde_json::json!([4, 4]));
+    assert_eq!(bench.tree("out").len(), 8);
+}
+
+#[test]
+fn npy_files_hold_the_same_codes() {
+    let bench = Bench::with_photos(3);
+    bench.run("tokenize photos -o a --model model").exits(0);
+    bench.run("tokenize photos -o b --model model --output_format npy").exits(0);
+    assert_eq!(
+        Codes::read(bench.path("a/codes/0000.png.safetensors")).expect("codes"),
+        Codes::read(bench.path("b/codes/0000.png.npy")).expect("codes")
+    );
+}
+
+#[test]
+fn batch_size_and_threads_do_not_change_the_codes() {
+    let bench = Bench::with_photos(20);
+    bench.run("tokenize photos -o out --model model --batch-size 1").exits(0);
+    let expected = bench.tree("out");
+    for (batch_size, workers, threads) in [(3, 1, "1"), (16, 3, "2"), (16, 2, "1"), (1, 4, "2")] {
+        let output = format!("out-{batch_size}-{workers}-{threads}");
+        let line =
+            format!("tokenize photos -o {output} --model model --batch-size {batch_size} --num-workers {workers}");
+        let mut command = bench.command(&line);
+        command.env("RAYON_NUM_THREADS", threads);
+        finish(command).exits(0);
+        assert!(bench.tree(&output) == expected, "{output} differs");
+    }
+}
+
+#[test]
+fn codes_and_images_are_reconstructed_to_the_same_bytes() {
+    let bench = Bench::with_photos(5);
+    bench.run("tokenize photos -o out --model model --reconstruct --batch-size 2").exits(0);
+    let expected = bench.tree("out/reconstructions");
+    assert_eq!(expected.len(), 5);
+    let from_images = bench.run("reconstruct photos -o from-images --model model").exits(0);
+    assert!(from_images.summary()["psnr"].as_f64().expect("a number") > 0.0);
+    let from_codes = bench.run("reconstruct out/codes -o from-codes --model model").exits(0);
+    assert!(from_codes.summary().get("psnr").is_none());
+    assert!(bench.tree("from-images/reconstructions") == expected);
+    assert!(bench.tree("from-codes/reconstructions") == expected);
+}
+
+#[test]
+fn a_sheet_shows_every_image_thrice() {
+    let bench = Bench::with_photos(3);
+    for line in [
+        "tokenize photos -o out --model model --sheet out/sheet.png",
+        "tokenize photos -o out --model model --sheet out/again.png",
+        "reconstruct photos -o out2 --model model --sheet sheets/sheet.png",
+    ] {
+        bench.run(line).exits(0).says(&["3 of 3 images"]);
+    }
+    let sheet = bench.bytes("out/sheet.png");
+    assert!(sheet == bench.bytes("out/again.png"), "a resumed run draws another sheet");
+    assert!(sheet == bench.bytes("sheets/sheet.png"), "reconstruct draws another sheet");
+    let size = image::load_from_memory(&sheet).expect("a PNG").into_rgb8();
+    assert!(size.width() >= 3 * SIDE as u32 && size.height() >= 3 * SIDE as u32);
+    bench.run("reconstruct out/codes -o out3 --model model --sheet s.png").exits(1).says(&["leave it out"]);
+}
+
+#[test]
+fn features_are_one_row_a_token() {
+    let bench = Bench::with_photos(2);
+    bench.run("features photos -o out --model model").exits(0);
+    let bytes = bench.bytes("out/features/0000.png.safetensors");
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    assert_eq!(file.tensor("features").expect("the tensor").shape(), [16, 16]);
+    assert_eq!(bench.run("features photos -o out --model model").exits(0).summary()["resumed"], 2);
+}
+
+#[test]
+fn files_globs_and_folders_may_be_mixed() {
+    let bench = Bench::with_photos(6);
+    bench.make_photo("other/dog.png", 1);
+    std::fs::rename(bench.path("other/dog.png"), bench.path("other/dog.dat")).expect("renaming");
+    bench.run("tokenize photos/cats/**/*.jpg other/dog.dat -o out --model model").exits(0);
+    let names: Vec<_> = bench.tree("out/codes").into_keys().collect();
+    assert_eq!(names, ["0001.jpg.safetensors", "dog.dat.safetensors", "tom/0005.jpg.safetensors"].map(PathBuf::from));
+    bench
+        .run("tokenize photos/0000.png photos/../photos/0000.png -o out2 --model model")
+        .exits(1)
+        .says(&["would both be written as 0000.png"]);
+}
+
+#[test]
+fn an_empty_folder_and_a_missing_one_are_errors() {
+    let bench = Bench::new();
+    bench.write("empty/notes.txt", b"no image");
+    bench.run("tokenize empty -o out --model model").exits(1).says(&["error: no images found under empty"]);
+    bench.run("tokenize nowhere -o out --model model").exits(1).says(&["nowhere: no such file or folder"]);
+    assert!(!bench.path("out").exists());
+}
+
+#[test]
+fn words_that_make_no_sense_exit_with_2() {
+    let bench = Bench::new();
+    for line in [
+        "tokenize",
+        "tokenize photos",
+        "tokenize photos -o out --batch-size 0",
+        "tokenize photos -o out --image-size wide",
+        "tokenize photos -o out --resize-mode stretch",
+        "tokenize photos -o out --strict --max-errors 3",
+        "juggle photos",
+    ] {
+        assert!(bench.run(line).exits(2).stdout.is_empty());
+    }
+    for command in ["tokenize", "reconstruct", "features", "inspect", "init"] {
+        assert!(bench.run(&format!("{command} --help")).exits(0).stdout.contains("Examples:"), "{command}");
+    }
+}
+
+#[test]
+fn unusual_images_are_tokenized() {
+    let bench = Bench::new();
+    for name in ["animated.gif", "exif6.jpg", "cmyk.jpg", "rgb_16.png", "grey_alpha.png", "palette_trns.png"] {
+        bench.write(&format!("photos/{name}"), &fixture(&format!("decode/{name}")));
+        bench.write(&format!("expected/{name}"), &fixture(&format!("decode/{name}.rgb.png")));
+    }
+    for (name, width, height) in [("tall", 1, 4000), ("wide", 4000, 1)] {
+        let image = Rgb::new(width, height, vec![99; 3 * width * height]).expect("an image");
+        save_png(&bench.path(&format!("photos/{name}.png")), &image).expect("a PNG");
+        save_png(&bench.path(&format!("expected/{name}.png")), &image).expect("a PNG");
+    }
+    assert_eq!(bench.run("tokenize photos -o out --model model").exits(0).summary()["images"], 8);
+    bench.run("tokenize expected -o expected-out --model model").exits(0);
+    assert!(bench.tree("out") == bench.tree("expected-out"), "decoded otherwise than Pillow does");
+}
+
+/// Files that no image can be made of, and a part of the reason to be given.
+fn bad_files(bench: &Bench) -> Vec<(String, &'static str)> {
+    bench.make_photo("whole.jpg", 1);
+    bench.make_photo("whole.png", 1);
+    let mut files = vec![
+        ("empty.png".to_string(), Vec::new(), "the file is empty"),
+        ("text.jpg".to_string(), b"this is not a photo".to_vec(), "not a JPEG"),
+    ];
+    for name in ["whole.jpg", "whole.png"] {
+        let bytes = bench.bytes(name);
+        files.push((format!("cut-{name}"), bytes[..bytes.len() / 2].to_vec(), "truncated"));
+    }
+    for extension in ["bmp", "gif", "jpg", "png", "tiff"] {
+        files.push((format!("zero.{extension}"), fixture(&format!("bad/zero.{extension}")), ""));
+        files.push((format!("huge.{extension}"), fixture(&format!("bad/huge.{extension}")), "too many pixels"));
+    }
+    let write = |(name, bytes, reason): (String, Vec<u8>, &'static str)| {
+        bench.write(&format!("photos/bad/{name}"), &bytes);
+        (name, reason)
+    };
+    files.into_iter().map(write).collect()
+}
+
+#[test]
+fn bad_images_are_skipped_named_and_recorded() {
+    let bench = Bench::with_photos(3);
+    let bad = bad_files(&bench);
+    let run = bench.run("tokenize photos -o out --model model --batch-size 2 --sheet out/sheet.png").exits(3);
+    let summary = run.summary();
+    assert_eq!((&summary["images"], &summary["skipped"]), (&3.into(), &bad.len().into()));
+    let errors = String::from_utf8(bench.bytes("out/errors.jsonl")).expect("UTF-8");
+    for (name, reason) in &bad {
+        let line = run.stderr.lines().find(|line| line.starts_with(&format!("skipped photos/bad/{name}: ")));
+        let line = line.unwrap_or_else(|| panic!("{name} is not named in: {}", run.stderr));
+        assert!(line.contains(reason), "expected {reason:?} in: {line}");
+        let record = errors.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+        let record = record.into_iter().find(|record| record["path"] == format!("bad/{name}")).expect("a record");
+        assert!(line.ends_with(record["reason"].as_str().expect("a reason")));
+    }
+    let again = bench.run("tokenize photos -o out --model model").exits(3).summary();
+    assert_eq!((&again["resumed"], &again["skipped"]), (&3.into(), &bad.len().into()));
+    std::fs::remove_dir_all(bench.path("photos/bad")).expect("removing");
+    bench.run("tokenize photos -o out --model model").exits(0);
+    assert!(!bench.path("out/errors.jsonl").exists(), "errors of an earlier run are still recorded");
+}
+
+#[test]
+fn a_run_gives_up_when_told_to() {
+    let bench = Bench::with_photos(3);
+    let bad = bad_files(&bench).len();
+    bench.run("tokenize photos -o a --model model --strict").exits(1).says(&["giving up: 1 file could not be read"]);
+    bench.run("tokenize photos -o b --model model --max-errors 2").exits(1).says(&["giving up: 3 files", "allowed: 2"]);
+    bench.run(&format!("tokenize photos -o c --model model --max-errors {bad}")).exits(3);
+    bench.run("tokenize photos -o d --model model --max-pixels 10").exits(3).says(&["limit: 10"]);
+}
+
+#[test]
+fn an_image_that_may_not_be_read_is_skipped() {
+    let bench = Bench::with_photos(2);
+    let secret = bench.path("photos/0000.png");
+    let mut permissions = std::fs::metadata(&secret).expect("metadata").permissions();
+    set_private(&mut permissions);
+    std::fs::set_permissions(&secret, permissions).expect("permissions");
+    if std::fs::File::open(&secret).is_ok() {
+        // Root may read everything: there is nothing to test.
+        return;
+    }
+    bench.run("tokenize photos -o out --model model").exits(3).says(&["skipped photos/0000.png: cannot be read"]);
+}
+
+#[cfg(unix)]
+fn set_private(permissions: &mut std::fs::Permissions) {
+    std::os::unix::fs::PermissionsExt::set_mode(permissions, 0);
+}
+
+#[cfg(not(unix))]
+fn set_private(_: &mut std::fs::Permissions) {}
+
+#[test]
+fn an_earlier_run_is_kept_mended_or_done_again() {
+    let bench = Bench::with_photos(4);
+    bench.run("tokenize photos -o out --model model").exits(0);
+    let expected = bench.tree("out");
+    let damaged = "out/codes/0000.png.safetensors";
+    bench.write(damaged, &bench.bytes(damaged)[..40]);
+    let summary = bench.run("tokenize photos -o out --model model").exits(0).says(&["3 of 4 images"]).summary();
+    assert_eq!((&summary["images"], &summary["resumed"]), (&1.into(), &3.into()));
+    assert!(bench.tree("out") == expected);
+    assert_eq!(bench.run("tokenize photos -o out --model model --if-exists overwrite").exits(0).summary()["images"], 4);
+    bench.run("tokenize photos -o out --model model --if_exists error").exits(1).says(&["--if-exists skip"]);
+    assert!(bench.tree("out") == expected);
+}
+
+#[test]
+fn an_output_folder_of_another_model_is_refused() {
+    let bench = Bench::with_photos(2);
+    bench.make_model("other", 2);
+    let ids = [bench.id("model"), bench.id("other")];
+    bench.run("tokenize photos -o out --model model").exits(0);
+    let expected = bench.tree("out");
+    let run = bench.run("tokenize photos -o out --model other").exits(1);
+    run.says(&[&ids[0], &ids[1], "manifest.json", "choose another --output", "--if-exists overwrite"]);
+    bench.run("tokenize photos -o out --model model --resize-mode pad").exits(1).says(&["32x32-pad"]);
+    bench.run("tokenize photos -o out --model model --image-size 64").exits(1).says(&["64x64-squash"]);
+    assert!(bench.tree("out") == expected, "a refused run has changed the folder");
+
+    std::fs::remove_file(bench.path("out/manifest.json")).expect("removing");
+    let run = bench.run("tokenize photos -o out --model other").exits(1);
+    run.says(&[&ids[0], &ids[1], "0000.png.safetensors", "--if-exists overwrite"]);
+    bench.run("tokenize photos -o out --model other --if-exists overwrite").exits(0);
+    let codes = Codes::read(bench.path("out/codes/0000.png.safetensors")).expect("codes");
+    assert_eq!(codes.model_id, ids[1]);
+}
+
+#[test]
+fn codes_of_another_model_are_not_reconstructed() {
+    let bench = Bench::with_photos(1);
+    bench.make_model("other", 2);
+    bench.run("tokenize photos -o out --model model").exits(0);
+    let run = bench.run("reconstruct out/codes -o again --model other").exits(1);
+    run.says(&["0000.png.safetensors", &bench.id("model"), &bench.id("other")]);
+    assert!(!bench.path("again/reconstructions").exists());
+}
+
+#[test]
+fn damaged_code_files_are_skipped() {
+    let bench = Bench::with_photos(2);
+    bench.run("tokenize photos -o out --model model").exits(0);
+    let damaged = "out/codes/0000.png.safetensors";
+    bench.write(damaged, &bench.bytes(damaged)[..99]);
+    bench.run("reconstruct out/codes -o again --model model").exits(3).says(&["not a whole safetensors file"]);
+    assert_eq!(bench.tree("again/reconstructions").len(), 1);
+}
+
+#[test]
+fn broken_models_are_refused_by_name() {
+    let bench = Bench::with_photos(1);
+    let weights = bench.bytes("model/model.safetensors");
+    let config = String::from_utf8(bench.bytes("model/config.json")).expect("UTF-8");
+    let tokenize = || bench.run("tokenize photos -o out --model model").exits(1);
+
+    bench.write("model/model.safetensors", &weights[..weights.len() / 2]);
+    tokenize().says(&["model.safetensors", "not a whole safetensors file"]);
+    bench.write("model/model.safetensors", &[&u64::MAX.to_le_bytes(), &weights[8..]].concat());
+    tokenize().says(&["model.safetensors", "not a whole safetensors file"]);
+    bench.write("model/model.safetensors", &weights);
+    bench.write("model/config.json", config.replace("\"hidden_size\": 16", "\"hidden_size\": 24").as_bytes());
+    tokenize().says(&["model.safetensors", "16", "24"]);
+    bench.write("model/config.json", &config.as_bytes()[..99]);
+    tokenize().says(&["config.json"]);
+    std::fs::remove_dir_all(bench.path("model")).expect("removing");
+    tokenize().says(&["config.json", "No such file"]);
+    assert!(!bench.path("out").exists());
+}
+
+#[test]
+fn inspect_tells_about_models_and_code_files() {
+    let bench = Bench::with_photos(1);
+    bench.run("tokenize photos -o out --model model").exits(0);
+    let model = bench.run("inspect model").exits(0).stdout;
+    for part in ["config.encoder.hidden_size", "codebook_size", "parameters", "4 x 4"] {
+        assert!(model.contains(part), "{part} in: {model}");
+    }
+    let codes = bench.run("inspect out/codes/0000.png.safetensors").exits(0).stdout;
+    for part in ["distinct_codes", "0000.png", bench.id("model").as_str()] {
+        assert!(codes.contains(part), "{part} in: {codes}");
+    }
+    bench.run("inspect photos/0000.png").exits(1).says(&["neither a model folder nor a code file"]);
+}
+
+#[test]
+fn init_makes_a_model_that_tokenizes() {
+    let bench = Bench::with_photos(1);
+    let weights = bench.bytes("model/model.safetensors");
+    let tensors = safetensors::SafeTensors::deserialize(&weights).expect("a safetensors file").tensors();
+    let encoder = tensors.iter().filter_map(|(name, tensor)| Some((name.strip_prefix("encoder.")?, tensor.clone())));
+    bench.write("siglip/model.safetensors", &safetensors::serialize(encoder, None).expect("bytes"));
+    let config: Value = serde_json::from_slice(&bench.bytes("model/config.json")).expect("JSON");
+    bench.write("siglip/config.json", config["encoder"].to_string().as_bytes());
+    bench.write("siglip/preprocessor_config.json", &bench.bytes("model/preprocessor_config.json"));
+    bench.write("config.json", serde_json::json!({ "quantizer": config["quantizer"] }).to_string().as_bytes());
+
+    let run = bench.run("init --encoder siglip --config config.json -o new --seed 3").exits(0);
+    assert!(run.stdout.contains(&bench.id("new")), "{}", run.stdout);
+    bench.run("tokenize photos -o out --model new").exits(0);
+    bench.run("init --encoder nowhere --config config.json -o new").exits(1).says(&["nowhere/config.json"]);
+}
+
+#[test]
+fn two_runs_do_not_share_an_output_folder() {
+    let bench = Bench::with_photos(1);
+    std::fs::create_dir(bench.path("out")).expect("a folder");
+    let Ok(folder) = std::fs::File::open(bench.path("out")) else { return };
+    if folder.try_lock().is_ok() {
+        bench.run("tokenize photos -o out --model model").exits(1).says(&["another run is writing to this folder"]);
+    }
+}
+
+#[test]
+fn an_output_that_is_a_file_is_refused() {
+    let bench = Bench::with_photos(1);
+    bench.write("out", b"in the way");
+    bench.run("tokenize photos -o out --model model").exits(1).says(&["error: out: "]);
+    bench.run("tokenize photos -o out/deeper --model model").exits(1).says(&["error: out/deeper: "]);
+}
+
+/// A full disk is played by a limit on the size of files: the write fails, with another word from the system.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_an_error_that_names_the_file() {
+    let bench = Bench::with_photos(2);
+    let mut command = Command::new("sh");
+    let script = format!("trap '' XFSZ; ulimit -f 0; exec '{BINARY}' tokenize photos -o out --model model");
+    command.args(["-c", &script]).current_dir(bench.folder.path());
+    finish(command).exits(1).says(&["error: out/manifest.json: "]);
+    assert!(bench.tree("out").is_empty());
+}
+
+#[cfg(unix)]
+mod signals {
+    use std::time::Duration;
+
+    use super::*;
+
+    const PHOTOS: usize = 120;
+
+    /// Larger images than the model's own make a run that is long enough to be stopped.
+    const TOKENIZE: &str = "tokenize photos --model model --image-size 192 --batch-size 2 --reconstruct -o";
+
+    /// Starts a run, and sends it a signal once it has written some files; then waits for its end.
+    fn stopped_by(signal: &str, bench: &Bench) -> Run {
+        let mut command = bench.command(&format!("{TOKENIZE} out"));
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary");
+        let codes = bench.path("out/codes/cats");
+        while codes.read_dir().map_or(0, Iterator::count) < 3 {
+            assert!(child.try_wait().expect("a child").is_none(), "the run ended before it could be stopped");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let id = child.id().to_string();
+        assert!(Command::new("kill").args([signal, &id]).status().expect("kill").success());
+        let output = child.wait_with_output().expect("the end");
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+        let run = Run { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) };
+        assert!(bench.tree("out/codes").len() < PHOTOS, "the run ended before it could be stopped");
+        run
+    }
+
+    #[test]
+    fn a_killed_run_goes_on_to_the_same_bytes() {
+        let bench = Bench::with_photos(PHOTOS);
+        bench.run(&format!("{TOKENIZE} whole")).exits(0);
+        stopped_by("-KILL", &bench);
+        bench.write("out/codes/.tmpA1b2C3", b"half a file");
+        let summary = bench.run(&format!("{TOKENIZE} out")).exits(0).summary();
+        assert!(summary["resumed"].as_u64() > Some(0), "{summary}");
+        assert!(bench.tree("out") == bench.tree("whole"));
+    }
+
+    #[test]
+    fn an_interrupted_run_leaves_whole_files_and_says_how_to_go_on() {
+        for signal in ["-INT", "-TERM"] {
+            let bench = Bench::with_photos(PHOTOS);
+            let run = stopped_by(signal, &bench).exits(130).says(&["interrupted", "run the same command again"]);
+            let codes = bench.tree("out/codes");
+            assert_eq!(run.summary()["images"], codes.len());
+            for name in codes.keys() {
+                Codes::read(bench.path("out/codes").join(name)).expect("a whole file");
+            }
+            for (name, bytes) in bench.tree("out/reconstructions") {
+                image::load_from_memory(&bytes).unwrap_or_else(|error| panic!("{}: {error}", name.display()));
+            }
+        }
+    }
+}

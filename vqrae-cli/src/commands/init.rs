@@ -1,0 +1,38 @@
+//! `init`: a pretrained encoder and a config → a model folder that can be trained.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::report::{self, Exit};
+
+/// Make a new model folder from a pretrained encoder
+///
+/// The encoder's weights are taken over, quantizer and decoder start at random: train the model before using it.
+#[derive(clap::Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Folder of the encoder as the Hugging Face hub lays it out, with config.json and model.safetensors
+    #[arg(long, value_name = "FOLDER")]
+    encoder: PathBuf,
+    /// Config of the new model
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Model folder to write
+    #[arg(short, long, value_name = "MODEL")]
+    output: PathBuf,
+    /// Seed of the random weights
+    #[arg(long, alias = "global-seed", alias = "global_seed", default_value_t = 0)]
+    seed: u64,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  vqrae-cli init --encoder siglip2-base-patch16-224 --config config.json -o my-model
+  vqrae-cli init --encoder siglip2-base-patch16-224 --config config.json -o my-model --seed 7";
+
+pub(crate) fn execute(args: Args) -> Result<Exit> {
+    let report = vqrae::init(&args.encoder, &args.config, &args.output, args.seed)?;
+    report::data(&report::table(&serde_json::to_value(report)?));
+    Ok(Exit::Success)
+}

@@ -1,0 +1,77 @@
+//! `inspect`: what a model folder or a code file says about itself.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+use vqrae::codes::{Codes, Format};
+use vqrae::{Device, Vqrae};
+
+use crate::output::preprocessing;
+use crate::plan;
+use crate::report::{self, Exit};
+
+/// Show what a model folder or a code file holds
+///
+/// Without a path, the model that ships with the program.
+#[derive(clap::Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Folder of a model, or a code file that tokenize wrote
+    path: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  vqrae-cli inspect
+  vqrae-cli inspect my-model --json
+  vqrae-cli inspect out/codes/cat.jpg.safetensors";
+
+pub(crate) fn execute(args: Args) -> Result<Exit> {
+    let facts = match &args.path {
+        None => model(&plan::shipped(&Device::Cpu, vqrae::DType::F32)?)?,
+        Some(path) if path.is_dir() => model(&Vqrae::from_pretrained(path, &Device::Cpu, vqrae::DType::F32)?)?,
+        Some(path) if Format::of(path).is_some() => codes(path)?,
+        Some(path) if path.exists() => bail!("{}: neither a model folder nor a code file", path.display()),
+        Some(path) => bail!("{}: no such file or folder", path.display()),
+    };
+    report::data(&if args.json { serde_json::to_string_pretty(&facts)? } else { report::table(&facts) });
+    Ok(Exit::Success)
+}
+
+fn model(model: &Vqrae) -> Result<Value> {
+    let preprocessor = model.preprocessor();
+    let (h, w) = model.grid_of(preprocessor.size.0, preprocessor.size.1)?;
+    Ok(json!({
+        "id": model.id(),
+        "parameters": model.parameters(),
+        "codebook_size": model.codebook_size(),
+        "image_size": [preprocessor.size.0, preprocessor.size.1],
+        "grid": [h, w],
+        "preprocessing": preprocessing(preprocessor),
+        "config": model.config(),
+    }))
+}
+
+fn codes(path: &Path) -> Result<Value> {
+    let codes = Codes::read(path)?;
+    let mut counts: HashMap<u32, usize> = HashMap::new();
+    for &index in &codes.indices {
+        *counts.entry(index).or_default() += 1;
+    }
+    Ok(json!({
+        "grid": [codes.h, codes.w],
+        "model_id": codes.model_id,
+        "codebook_size": codes.codebook_size,
+        "distinct_codes": counts.len(),
+        "smallest_index": codes.indices.iter().min(),
+        "largest_index": codes.indices.iter().max(),
+        "source": codes.source,
+        "preprocessing": codes.preprocessing,
+        "dtype": codes.dtype,
+    }))
+}

@@ -1,0 +1,73 @@
+//! One file a subcommand: its words (`Args`) and its work (`execute`).
+
+pub(crate) mod features;
+pub(crate) mod init;
+pub(crate) mod inspect;
+pub(crate) mod reconstruct;
+pub(crate) mod tokenize;
+pub(crate) mod train;
+
+use std::path::Path;
+
+use anyhow::Result;
+use vqrae::image::{Preprocessor, ResizeMode, Rgb};
+use vqrae::{DType, Tensor};
+
+use crate::load::catch_interrupts;
+use crate::plan::{Input, InputArgs};
+use crate::report::{Exit, Progress};
+use crate::{output, report, sheet};
+
+/// What to say after Ctrl-C where finished files are kept.
+const RUN_AGAIN: &str = "run the same command again to go on from here";
+
+/// Starts to count: `left` files to do, `resumed` done before, and those that could not even be listed.
+fn start(args: &InputArgs, left: usize, resumed: usize, unreadable: &[(Input, String)]) -> Result<Progress> {
+    catch_interrupts()?;
+    let total = left + resumed + unreadable.len();
+    let mut progress = Progress::new(total, resumed, args.max_errors(), &args.output)?;
+    for (input, reason) in unreadable {
+        progress.skip(input, reason)?;
+    }
+    Ok(progress)
+}
+
+/// Ends a run: the summary goes to stdout, after Ctrl-C with the `next_step` on stderr.
+fn finish(progress: Progress, exit: Exit, psnr: Option<f64>, next_step: &str) -> Result<Exit> {
+    if exit == Exit::Interrupted {
+        progress.interrupted(next_step);
+    }
+    let (summary, skipped) = progress.finish(psnr);
+    report::data(&summary.line()?);
+    Ok(exit.merge(skipped))
+}
+
+/// Decoded pixels `[B, 3, H, W]`, as images.
+fn to_images(decoded: &Tensor, preprocessor: &Preprocessor) -> Result<Vec<Rgb>> {
+    let (b, _, h, w) = decoded.dims4()?;
+    let decoded = decoded.to_dtype(DType::F32)?;
+    let image = |i: usize| Ok(preprocessor.denormalize_to_rgb(&decoded.get(i)?.flatten_all()?.to_vec1()?, h, w));
+    (0..b).map(image).collect()
+}
+
+/// The original, brought to its reconstruction's size where the decoder's differs from the encoder's.
+fn beside(original: &Rgb, reconstruction: &Rgb, preprocessor: &Preprocessor) -> Result<Rgb> {
+    let size = (reconstruction.height, reconstruction.width);
+    if (original.height, original.width) == size {
+        return Ok(original.clone());
+    }
+    let resize = Preprocessor { size, resize_mode: ResizeMode::Squash, do_resize: true, ..preprocessor.clone() };
+    Ok(resize.prepare(original)?)
+}
+
+/// Writes a contact sheet and says so.
+fn write_sheet(path: &Path, pairs: &[(Rgb, Rgb)], of_total: usize) -> Result<()> {
+    let Some(sheet) = sheet::compose(pairs) else {
+        report::say("no sheet: there is no image to show");
+        return Ok(());
+    };
+    output::save_png(path, &sheet)?;
+    let shown = pairs.len();
+    report::say(&format!("{}: original, reconstruction, error for {shown} of {of_total} images", path.display()));
+    Ok(())
+}

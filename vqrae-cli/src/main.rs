@@ -1,0 +1,61 @@
+//! The command line: photos into codes, codes into photos.
+//!
+//! Words become a checked plan (`plan`), the plan is carried out (`commands`), and what happens is told in one place
+//! (`report`). `main` turns the result into an exit code.
+
+mod commands;
+mod load;
+mod output;
+mod plan;
+mod report;
+mod sheet;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::commands::{features, init, inspect, reconstruct, tokenize, train};
+use crate::report::Exit;
+
+/// Turn photos into codes and codes into photos
+#[derive(Parser)]
+#[command(version, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 all done, 1 error, 2 words that make no sense, 3 done but for files that could not be read, \
+130 interrupted (what is written is whole).
+Results go to stdout, everything else to stderr.";
+
+#[derive(Subcommand)]
+enum Command {
+    Tokenize(tokenize::Args),
+    Reconstruct(reconstruct::Args),
+    Features(features::Args),
+    Inspect(inspect::Args),
+    Init(init::Args),
+    Train(train::Args),
+}
+
+fn main() -> ExitCode {
+    run(Cli::parse().command)
+        .unwrap_or_else(|error| {
+            report::failure(&error);
+            Exit::Failure
+        })
+        .into()
+}
+
+fn run(command: Command) -> anyhow::Result<Exit> {
+    match command {
+        Command::Tokenize(args) => tokenize::execute(args),
+        Command::Reconstruct(args) => reconstruct::execute(args),
+        Command::Features(args) => features::execute(args),
+        Command::Inspect(args) => inspect::execute(args),
+        Command::Init(args) => init::execute(args),
+        Command::Train(args) => train::execute(args),
+    }
+}

@@ -1,0 +1,229 @@
+//! The output folder: what it holds, what is done already, and files that appear whole.
+//!
+//! ```text
+//! OUT/manifest.json                  model, preprocessing, dtype, grid: what all its files have in common
+//! OUT/errors.jsonl                   files that the latest run could not read, if any
+//! OUT/codes/<path>.safetensors       or .npy
+//! OUT/reconstructions/<path>.png
+//! OUT/features/<path>.safetensors
+//! ```
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use vqrae::image::{Preprocessor, Rgb};
+use vqrae::{Error, Vqrae, codes, image};
+use walkdir::WalkDir;
+
+use crate::plan::Input;
+
+/// What to do where an earlier run has written.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum IfExists {
+    /// Keep files that are whole and made the same way
+    Skip,
+    /// Do everything again
+    Overwrite,
+    /// Stop before doing anything
+    Error,
+}
+
+/// What makes the files of two runs the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Origin {
+    pub(crate) model_id: String,
+    pub(crate) preprocessing: String,
+    pub(crate) dtype: String,
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "model {} (preprocessing {}, dtype {})", self.model_id, self.preprocessing, self.dtype)
+    }
+}
+
+impl Origin {
+    pub(crate) fn new(model: &Vqrae, preprocessor: &Preprocessor) -> Self {
+        Self {
+            model_id: model.id().to_string(),
+            preprocessing: preprocessing(preprocessor),
+            dtype: model.dtype().as_str().to_string(),
+        }
+    }
+}
+
+/// All of the preparation that decides the model's input, the size included.
+pub(crate) fn preprocessing(preprocessor: &Preprocessor) -> String {
+    let (h, w) = preprocessor.size;
+    format!("{h}x{w}-{}", preprocessor.tag())
+}
+
+/// `manifest.json`.
+#[derive(Serialize)]
+struct Manifest<'a> {
+    tool: &'static str,
+    version: &'static str,
+    #[serde(flatten)]
+    origin: &'a Origin,
+    image_size: [usize; 2],
+    codebook_size: usize,
+    grid: [usize; 2],
+    order: &'static str,
+    index_base: usize,
+}
+
+/// An output folder that this run alone writes to.
+pub(crate) struct Output {
+    folder: PathBuf,
+    origin: Origin,
+    if_exists: IfExists,
+    /// Held, not read: the lock ends with the process, however it ends.
+    _lock: Option<File>,
+}
+
+impl Output {
+    /// Makes or enters the folder, and refuses one that holds another model's work.
+    pub(crate) fn open(folder: &Path, model: &Vqrae, preprocessor: &Preprocessor, if_exists: IfExists) -> Result<Self> {
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        let origin = Origin::new(model, preprocessor);
+        let output = Self { folder: folder.to_path_buf(), origin, if_exists, _lock: lock(folder)? };
+        output.check_manifest()?;
+        output.remove_partial_files();
+        output.write_manifest(model, preprocessor)?;
+        Ok(output)
+    }
+
+    pub(crate) fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// Where the output for `input` goes: its extension is added to the whole name, so that a.jpg and a.png differ.
+    pub(crate) fn path(&self, kind: &str, relative: &Path, extension: &str) -> PathBuf {
+        let mut path = self.folder.join(kind).join(relative).into_os_string();
+        path.push(".");
+        path.push(extension);
+        path.into()
+    }
+
+    /// Whether an earlier run has made the file at `path`; `read` opens it and tells its origin.
+    pub(crate) fn has(&self, path: &Path, read: impl Fn(&Path) -> vqrae::Result<Origin>) -> Result<bool> {
+        let shown = path.display();
+        match self.if_exists {
+            IfExists::Overwrite => return Ok(false),
+            _ if !path.exists() => return Ok(false),
+            IfExists::Error => {
+                bail!("{shown} exists; pass --if-exists skip to keep what is there, or --if-exists overwrite")
+            }
+            IfExists::Skip => {}
+        }
+        match read(path) {
+            Ok(origin) if origin == self.origin => Ok(true),
+            Ok(origin) => bail!(
+                "{shown} was made by {origin}, but this run is {}; pass --if-exists overwrite to do it again, or choose \
+                 another --output",
+                self.origin
+            ),
+            // Damaged: made again.
+            Err(_) => Ok(false),
+        }
+    }
+
+    fn check_manifest(&self) -> Result<()> {
+        let path = self.folder.join("manifest.json");
+        let text = match std::fs::read_to_string(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            text => text.map_err(Error::io(&path))?,
+        };
+        let next_step = "choose another --output, or pass --if-exists overwrite to do it again";
+        match serde_json::from_str::<Origin>(&text) {
+            _ if self.if_exists == IfExists::Overwrite => Ok(()),
+            Ok(origin) if origin == self.origin => Ok(()),
+            Ok(origin) => bail!(
+                "{}: this folder holds the work of {origin}, but this run is {}; {next_step}",
+                path.display(),
+                self.origin
+            ),
+            Err(error) => bail!("{}: not a manifest of this program ({error}); {next_step}", path.display()),
+        }
+    }
+
+    fn write_manifest(&self, model: &Vqrae, preprocessor: &Preprocessor) -> Result<()> {
+        let (h, w) = preprocessor.size;
+        let (rows, columns) = model.grid_of(h, w)?;
+        let manifest = Manifest {
+            tool: env!("CARGO_PKG_NAME"),
+            version: env!("CARGO_PKG_VERSION"),
+            origin: &self.origin,
+            image_size: [h, w],
+            codebook_size: model.codebook_size(),
+            grid: [rows, columns],
+            order: "raster",
+            index_base: 0,
+        };
+        let text = serde_json::to_string_pretty(&manifest)? + "\n";
+        Ok(codes::write_whole(self.folder.join("manifest.json"), text.as_bytes())?)
+    }
+
+    /// What a killed run left half written. The lock says that nobody is still writing them.
+    fn remove_partial_files(&self) {
+        let here = WalkDir::new(&self.folder).max_depth(1).into_iter();
+        let below = KINDS.map(|kind| WalkDir::new(self.folder.join(kind)).into_iter());
+        for entry in here.chain(below.into_iter().flatten()).filter_map(Result::ok) {
+            if is_temporary(&entry.file_name().to_string_lossy()) {
+                // One that cannot be removed does no harm.
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+    }
+}
+
+/// The folders that this program fills.
+const KINDS: [&str; 3] = ["codes", "reconstructions", "features"];
+
+/// The names that tempfile gives.
+fn is_temporary(name: &str) -> bool {
+    name.strip_prefix(".tmp")
+        .is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|byte| byte.is_ascii_alphanumeric()))
+}
+
+/// Locks the folder itself; where the system cannot lock a folder, two runs at once are the user's care.
+fn lock(folder: &Path) -> Result<Option<File>> {
+    let Ok(file) = File::open(folder) else { return Ok(None) };
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            bail!(
+                "{}: another run is writing to this folder; wait for it, or choose another --output",
+                folder.display()
+            )
+        }
+        Err(std::fs::TryLockError::Error(_)) => Ok(None),
+    }
+}
+
+/// Writes an image as PNG, whole or not at all, making folders as needed.
+pub(crate) fn save_png(path: &Path, image: &Rgb) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    }
+    Ok(image::save_png(path, image).map_err(Error::from)?)
+}
+
+/// The inputs that are still to do, and how many are done.
+pub(crate) fn split_done(
+    inputs: Vec<Input>,
+    mut is_done: impl FnMut(&Input) -> Result<bool>,
+) -> Result<(Vec<Input>, usize)> {
+    let total = inputs.len();
+    let mut left = Vec::new();
+    for input in inputs {
+        if !is_done(&input)? {
+            left.push(input);
+        }
+    }
+    let done = total - left.len();
+    Ok((left, done))
+}

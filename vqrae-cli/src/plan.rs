@@ -1,0 +1,414 @@
+//! Words → checked plan: which files a run reads, and with what settings. Nothing is computed here.
+
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use globset::{GlobBuilder, GlobMatcher};
+use vqrae::image::{Limits, Preprocessor, Resample, ResizeMode};
+use vqrae::{Device, Vqrae, codes};
+use walkdir::{DirEntry, WalkDir};
+
+use crate::load::Pace;
+
+/// What a folder is searched for; a file that is named itself is taken whatever it is called.
+const IMAGE_EXTENSIONS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"];
+
+/// Which model, and where it computes.
+#[derive(Args, Debug)]
+pub(crate) struct ModelArgs {
+    /// Folder of the model; without it, the model that ships with the program
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) model: Option<PathBuf>,
+    /// Where to compute: cpu, cuda, or cuda:1 for the second card
+    #[arg(long, default_value = "cpu", value_name = "cpu|cuda")]
+    device: DeviceName,
+    /// Number format to compute in
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    dtype: Precision,
+}
+
+impl ModelArgs {
+    /// Opens the model.
+    pub(crate) fn open(&self) -> Result<Vqrae> {
+        let device = self.device.open()?;
+        match &self.model {
+            Some(folder) => Ok(Vqrae::from_pretrained(folder, &device, self.dtype.into())?),
+            None => shipped(&device, self.dtype.into()),
+        }
+    }
+}
+
+/// The model that ships with the program.
+#[cfg(feature = "shipped-model")]
+pub(crate) fn shipped(device: &Device, dtype: vqrae::DType) -> Result<Vqrae> {
+    Ok(Vqrae::shipped(device, dtype)?)
+}
+
+/// The model that ships with the program: not with this build.
+#[cfg(not(feature = "shipped-model"))]
+pub(crate) fn shipped(_: &Device, _: vqrae::DType) -> Result<Vqrae> {
+    bail!("this build carries no model; name one with --model FOLDER, or build with --features shipped-model")
+}
+
+#[derive(Debug, Clone, Copy)]
+enum DeviceName {
+    Cpu,
+    Cuda(usize),
+}
+
+impl std::str::FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "cuda" => Ok(Self::Cuda(0)),
+            Some(("cuda", number)) => {
+                number.parse().map(Self::Cuda).map_err(|_| format!("{number:?} is not a card's number"))
+            }
+            _ => Err("expected: cpu, cuda or cuda:N".to_string()),
+        }
+    }
+}
+
+impl DeviceName {
+    fn open(self) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Cuda(_) if !cfg!(feature = "cuda") => {
+                bail!("this build has no CUDA; build with --features cuda, or pass --device cpu")
+            }
+            Self::Cuda(number) => Device::new_cuda(number).with_context(|| format!("cuda:{number} could not be used")),
+        }
+    }
+}
+
+#[derive(ValueEnum, Debug, Clone, Copy)]
+enum Precision {
+    #[value(alias = "fp32", alias = "float32")]
+    F32,
+    #[value(alias = "bfloat16")]
+    Bf16,
+    #[value(alias = "fp16", alias = "float16")]
+    F16,
+}
+
+impl From<Precision> for vqrae::DType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32,
+            Precision::Bf16 => Self::BF16,
+            Precision::F16 => Self::F16,
+        }
+    }
+}
+
+/// Which files, and how they are read.
+#[derive(Args, Debug)]
+pub(crate) struct InputArgs {
+    /// Folders (searched recursively), files, or quoted globs such as 'photos/**/*.jpg'
+    #[arg(required = true, value_name = "INPUT")]
+    inputs: Vec<PathBuf>,
+    /// Folder to write to
+    #[arg(short, long, alias = "output_folder", alias = "output-folder", value_name = "OUT")]
+    pub(crate) output: PathBuf,
+    /// Images that go through the model at once; changes the speed, not the result
+    #[arg(long, alias = "batch_size", default_value = "16", value_name = "N")]
+    batch_size: NonZeroUsize,
+    /// Threads that decode images ahead of the model; by default as many as there are cores
+    #[arg(long, alias = "num_workers", value_name = "N")]
+    num_workers: Option<NonZeroUsize>,
+    /// Give up with exit code 1 once more than N files could not be read; without it, they are only counted
+    #[arg(long, alias = "max_errors", value_name = "N", conflicts_with = "strict")]
+    max_errors: Option<usize>,
+    /// Give up with exit code 1 at the first file that cannot be read
+    #[arg(long)]
+    strict: bool,
+}
+
+impl InputArgs {
+    /// The files to work on, images only or code files too.
+    pub(crate) fn find(&self, kind: Kind) -> Result<Inputs> {
+        find(&self.inputs, kind, &self.output)
+    }
+
+    /// How the files are read.
+    pub(crate) fn pace(&self) -> Pace {
+        let workers = self.num_workers.or_else(|| std::thread::available_parallelism().ok());
+        Pace { workers: workers.map_or(1, NonZeroUsize::get), batch_size: self.batch_size.get() }
+    }
+
+    /// How many unreadable files a run survives.
+    pub(crate) fn max_errors(&self) -> usize {
+        if self.strict { 0 } else { self.max_errors.unwrap_or(usize::MAX) }
+    }
+}
+
+/// How an image is prepared for the model; what is not given stays as the model's folder says.
+#[derive(Args, Debug)]
+pub(crate) struct ImageArgs {
+    /// Size that images are brought to: one number for a square, or HxW
+    #[arg(long, alias = "image_size", value_name = "N|HxW", value_parser = parse_size)]
+    image_size: Option<(usize, usize)>,
+    /// How another shape is brought to that size: squash, center-crop, adm-crop or pad
+    #[arg(long, alias = "resize_mode", value_name = "MODE")]
+    resize_mode: Option<ResizeMode>,
+    /// Resampling filter
+    #[arg(long, value_enum)]
+    resample: Option<Filter>,
+    /// Refuse images of more pixels than this before decoding them
+    #[arg(long, alias = "max_pixels", value_name = "N")]
+    max_pixels: Option<u64>,
+}
+
+impl ImageArgs {
+    /// The model's own preparation with what the command line changes.
+    pub(crate) fn preprocessor(&self, model: &Vqrae) -> Result<Preprocessor> {
+        let mut preprocessor = model.preprocessor().clone();
+        preprocessor.size = self.image_size.unwrap_or(preprocessor.size);
+        preprocessor.resize_mode = self.resize_mode.unwrap_or(preprocessor.resize_mode);
+        preprocessor.resample = self.resample.map_or(preprocessor.resample, Resample::from);
+        let (h, w) = preprocessor.size;
+        model.grid_of(h, w).with_context(|| format!("images of {h}x{w} do not suit this model"))?;
+        Ok(preprocessor)
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        let mut limits = Limits::default();
+        limits.max_pixels = self.max_pixels.unwrap_or(limits.max_pixels);
+        limits
+    }
+}
+
+fn parse_size(text: &str) -> Result<(usize, usize), String> {
+    let (h, w) = text.split_once(['x', 'X']).unwrap_or((text, text));
+    match (h.parse(), w.parse()) {
+        (Ok(h @ 1..=65_536), Ok(w @ 1..=65_536)) => Ok((h, w)),
+        _ => Err("expected: a number of pixels or HxW, each from 1 to 65536".to_string()),
+    }
+}
+
+#[derive(ValueEnum, Debug, Clone, Copy)]
+enum Filter {
+    Bilinear,
+    Bicubic,
+}
+
+impl From<Filter> for Resample {
+    fn from(filter: Filter) -> Self {
+        match filter {
+            Filter::Bilinear => Self::Bilinear,
+            Filter::Bicubic => Self::Bicubic,
+        }
+    }
+}
+
+/// What a command works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Images,
+    ImagesAndCodes,
+}
+
+impl Kind {
+    /// Whether a folder's file is one of these.
+    fn takes(self, path: &Path) -> bool {
+        let extension = path.extension().unwrap_or_default();
+        let image = IMAGE_EXTENSIONS.iter().any(|known| extension.eq_ignore_ascii_case(known));
+        image || self == Self::ImagesAndCodes && codes::Format::of(path).is_some()
+    }
+
+    fn plural(self) -> &'static str {
+        match self {
+            Self::Images => "images",
+            Self::ImagesAndCodes => "images or code files",
+        }
+    }
+}
+
+/// One file to work on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Input {
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// What its output is named after: the path below the folder or the glob that found it.
+    pub(crate) relative: PathBuf,
+}
+
+impl Input {
+    /// The relative path as it is written into files: separated by `/` on every system.
+    pub(crate) fn source(&self) -> String {
+        let parts: Vec<_> = self.relative.components().map(|part| part.as_os_str().to_string_lossy()).collect();
+        parts.join("/")
+    }
+}
+
+/// The files of a run, in the order of the bytes of their relative paths.
+#[derive(Debug, Default)]
+pub(crate) struct Inputs {
+    /// What there is to read.
+    pub(crate) files: Vec<Input>,
+    /// Folders and links that could not be followed, and why.
+    pub(crate) unreadable: Vec<(Input, String)>,
+}
+
+fn find(words: &[PathBuf], kind: Kind, output: &Path) -> Result<Inputs> {
+    let mut inputs = Inputs::default();
+    // An output folder that does not exist yet cannot be met on the way.
+    let output = output.canonicalize().ok();
+    for word in words {
+        find_word(word, kind, output.as_deref(), &mut inputs)?;
+    }
+    if inputs.files.is_empty() {
+        let places: Vec<_> = words.iter().map(|word| word.display().to_string()).collect();
+        let extensions = IMAGE_EXTENSIONS.join(", ");
+        bail!("no {} found under {} (a folder is searched for {extensions})", kind.plural(), places.join(", "));
+    }
+    inputs.files.sort_by(|a, b| key(a).cmp(key(b)));
+    inputs.files.dedup();
+    refuse_same_names(&inputs.files)?;
+    Ok(inputs)
+}
+
+fn key(input: &Input) -> &[u8] {
+    input.relative.as_os_str().as_encoded_bytes()
+}
+
+fn find_word(word: &Path, kind: Kind, output: Option<&Path>, inputs: &mut Inputs) -> Result<()> {
+    let text = word.to_string_lossy();
+    if word.is_dir() {
+        if word.canonicalize().ok().as_deref() == output {
+            bail!("{text} is also the output folder; choose another folder with --output");
+        }
+        walk(word, output, |path, _| kind.takes(path), inputs);
+        Ok(())
+    } else if word.is_file() {
+        let relative = word.file_name().map(PathBuf::from).unwrap_or_default();
+        inputs.files.push(Input { path: word.to_path_buf(), relative });
+        Ok(())
+    } else if !word.exists() && text.contains(['*', '?', '[', '{']) {
+        let (base, matcher) = split_glob(word).with_context(|| format!("{text} is not a glob"))?;
+        walk(&base, output, |_, relative| matcher.is_match(relative), inputs);
+        Ok(())
+    } else if word.exists() {
+        bail!("{text} is neither a file nor a folder")
+    } else {
+        bail!("{text}: no such file or folder")
+    }
+}
+
+/// A glob's leading folders that are plain names, and the matcher for what lies below them.
+fn split_glob(pattern: &Path) -> Result<(PathBuf, GlobMatcher)> {
+    let special = |part: &Component<'_>| part.as_os_str().to_string_lossy().contains(['*', '?', '[', '{']);
+    let plain = pattern.components().take_while(|part| !special(part)).count();
+    let base: PathBuf = pattern.components().take(plain).collect();
+    let rest: PathBuf = pattern.components().skip(plain).collect();
+    let matcher = GlobBuilder::new(&rest.to_string_lossy()).literal_separator(true).build()?.compile_matcher();
+    Ok((if base.as_os_str().is_empty() { PathBuf::from(".") } else { base }, matcher))
+}
+
+/// Collects the files below `base` that `takes` accepts by path and relative path, leaving out the output folder.
+fn walk(base: &Path, output: Option<&Path>, takes: impl Fn(&Path, &Path) -> bool, inputs: &mut Inputs) {
+    let is_output = |entry: &DirEntry| {
+        output.is_some() && entry.file_type().is_dir() && entry.path().canonicalize().ok().as_deref() == output
+    };
+    let below = |path: &Path| Input {
+        path: path.to_path_buf(),
+        relative: path.strip_prefix(base).unwrap_or(path).to_path_buf(),
+    };
+    for entry in WalkDir::new(base).follow_links(true).into_iter().filter_entry(|entry| !is_output(entry)) {
+        match entry {
+            Ok(entry) if entry.file_type().is_file() => {
+                let input = below(entry.path());
+                if takes(&input.path, &input.relative) {
+                    inputs.files.push(input);
+                }
+            }
+            Ok(_) => {}
+            Err(error) => {
+                let path = error.path().unwrap_or(base);
+                let reason = error.io_error().map_or_else(|| error.to_string(), ToString::to_string);
+                inputs.unreadable.push((below(path), reason));
+            }
+        }
+    }
+}
+
+/// Two files of one relative path would be written to one place.
+fn refuse_same_names(files: &[Input]) -> Result<()> {
+    let mut seen: HashMap<&Path, &Path> = HashMap::with_capacity(files.len());
+    for file in files {
+        if let Some(other) = seen.insert(&file.relative, &file.path) {
+            let (a, b, name) = (other.display(), file.path.display(), file.relative.display());
+            bail!("{a} and {b} would both be written as {name}; give the folder that holds both, or run them apart");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn touch(folder: &Path, files: &[&str]) {
+        for file in files {
+            let path = folder.join(file);
+            std::fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
+            std::fs::write(path, "").expect("a file");
+        }
+    }
+
+    fn names(inputs: &Inputs) -> Vec<String> {
+        inputs.files.iter().map(Input::source).collect()
+    }
+
+    #[test]
+    fn a_folder_is_searched_for_images_in_the_order_of_bytes() {
+        let folder = tempfile::tempdir().expect("a folder");
+        touch(folder.path(), &["b.jpg", "a/z.PNG", "a.webp", "notes.txt", "B.tiff", "a/deep/x.gif"]);
+        let inputs = find(&[folder.path().to_path_buf()], Kind::Images, Path::new("out")).expect("inputs");
+        assert_eq!(names(&inputs), ["B.tiff", "a.webp", "a/deep/x.gif", "a/z.PNG", "b.jpg"]);
+    }
+
+    #[test]
+    fn a_glob_is_relative_to_its_plain_folders() {
+        let folder = tempfile::tempdir().expect("a folder");
+        touch(folder.path(), &["a/one.jpg", "a/b/two.jpg", "a/b/three.png", "c/four.jpg"]);
+        let inputs = |glob: &str| find(&[folder.path().join(glob)], Kind::Images, Path::new("out"));
+        assert_eq!(names(&inputs("a/**/*.jpg").expect("inputs")), ["b/two.jpg", "one.jpg"]);
+        assert_eq!(names(&inputs("a/*.jpg").expect("inputs")), ["one.jpg"]);
+        assert_eq!(names(&inputs("*/*.jpg").expect("inputs")), ["a/one.jpg", "c/four.jpg"]);
+        assert!(inputs("*.webp").expect_err("nothing").to_string().starts_with("no images found under"));
+    }
+
+    #[test]
+    fn the_output_folder_is_not_an_input() {
+        let folder = tempfile::tempdir().expect("a folder");
+        touch(folder.path(), &["a.jpg", "out/reconstructions/a.jpg.png"]);
+        let find = |output: &Path| find(&[folder.path().to_path_buf()], Kind::Images, output);
+        assert_eq!(names(&find(&folder.path().join("out")).expect("inputs")), ["a.jpg"]);
+        assert!(find(folder.path()).expect_err("the same folder").to_string().contains("also the output folder"));
+    }
+
+    #[test]
+    fn two_files_of_one_name_are_refused_and_one_file_twice_is_not() {
+        let folder = tempfile::tempdir().expect("a folder");
+        touch(folder.path(), &["a/x.jpg", "b/x.jpg"]);
+        let [a, b] = ["a/x.jpg", "b/x.jpg"].map(|name| folder.path().join(name));
+        let error = find(&[a.clone(), b], Kind::Images, Path::new("out")).expect_err("a collision").to_string();
+        assert!(error.contains("would both be written as x.jpg"), "{error}");
+        assert_eq!(find(&[a.clone(), a], Kind::Images, Path::new("out")).expect("inputs").files.len(), 1);
+    }
+
+    #[test]
+    fn sizes_are_one_number_or_two() {
+        assert_eq!(parse_size("224"), Ok((224, 224)));
+        assert_eq!(parse_size("32x48"), Ok((32, 48)));
+        for wrong in ["0", "x", "-1", "99999999", "1x2x3", "ten"] {
+            assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+    }
+}

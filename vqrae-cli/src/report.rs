@@ -1,0 +1,287 @@
+//! What a run says: progress and skipped files on stderr, data on stdout, an exit code at the end. All printing is
+//! here.
+
+use std::fs::File;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use serde_json::Value;
+use vqrae::Error;
+
+use crate::plan::Input;
+
+/// How a run ended; the later, the graver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Exit {
+    Success,
+    /// Everything was done, but for files that could not be read.
+    Skipped,
+    Failure,
+    /// Ctrl-C or SIGTERM.
+    Interrupted,
+}
+
+impl Exit {
+    /// The exit of a run of two parts.
+    pub(crate) fn merge(self, other: Self) -> Self {
+        self.max(other)
+    }
+
+    /// 2 is clap's, for words that make no sense.
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Self::Success => 0,
+            Self::Failure => 1,
+            Self::Skipped => 3,
+            Self::Interrupted => 130,
+        }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit.code())
+    }
+}
+
+/// Data, for stdout. A reader that has gone away is no error.
+pub(crate) fn data(text: &str) {
+    let mut stdout = std::io::stdout().lock();
+    let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
+}
+
+/// Talk, for stderr.
+pub(crate) fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Facts for people: one a line, nested ones by their dotted name.
+pub(crate) fn table(facts: &Value) -> String {
+    let mut lines = Vec::new();
+    flatten("", facts, &mut lines);
+    let width = lines.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
+    let lines: Vec<_> = lines.into_iter().map(|(name, value)| format!("{name:width$}  {value}")).collect();
+    lines.join("\n")
+}
+
+fn flatten(name: &str, value: &Value, lines: &mut Vec<(String, String)>) {
+    match value {
+        Value::Object(fields) => {
+            for (field, value) in fields {
+                let dot = if name.is_empty() { "" } else { "." };
+                flatten(&format!("{name}{dot}{field}"), value, lines);
+            }
+        }
+        Value::Array(items) => {
+            let items: Vec<_> = items.iter().map(plain).collect();
+            lines.push((name.to_string(), items.join(" x ")));
+        }
+        other => lines.push((name.to_string(), plain(other))),
+    }
+}
+
+fn plain(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_string)
+}
+
+/// Why a command failed, each cause once.
+pub(crate) fn failure(error: &anyhow::Error) {
+    let mut message = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        // An error of the library says its cause itself.
+        if !message.contains(&cause) {
+            message += if message.is_empty() { "" } else { ": " };
+            message += &cause;
+        }
+    }
+    say(&format!("error: {message}"));
+}
+
+/// The last line on stdout of a run over files.
+#[derive(Debug, Serialize)]
+pub(crate) struct Summary {
+    /// Files done in this run.
+    images: usize,
+    /// Files that could not be read.
+    skipped: usize,
+    /// Files that an earlier run had done.
+    resumed: usize,
+    seconds: f64,
+    images_per_second: f64,
+    /// Mean over the images, in dB; absent where there is nothing to compare with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    psnr: Option<f64>,
+}
+
+/// Counts what is done and tells about it.
+pub(crate) struct Progress {
+    bar: ProgressBar,
+    total: usize,
+    done: usize,
+    skipped: usize,
+    resumed: usize,
+    max_errors: usize,
+    errors: ErrorLog,
+    started: Instant,
+    last_line: Instant,
+}
+
+/// Between two lines of progress where there is no terminal to draw on.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+impl Progress {
+    /// For `total` files, of which an earlier run did `resumed`; unreadable files go to `OUT/errors.jsonl`.
+    pub(crate) fn new(total: usize, resumed: usize, max_errors: usize, output: &Path) -> Result<Self> {
+        let bar = if std::io::stderr().is_terminal() { ProgressBar::new(total as u64) } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} images, {per_sec}, {eta} left") {
+            bar.set_style(style);
+        }
+        bar.set_position(resumed as u64);
+        bar.reset_eta();
+        let (errors, now) = (ErrorLog::start(output.join("errors.jsonl"))?, Instant::now());
+        let progress =
+            Self { bar, total, done: 0, skipped: 0, resumed, max_errors, errors, started: now, last_line: now };
+        if resumed > 0 {
+            progress.note(&format!("{resumed} of {total} images were done before, {} to go", total - resumed));
+        }
+        Ok(progress)
+    }
+
+    /// Counts files as done.
+    pub(crate) fn advance(&mut self, count: usize) {
+        self.done += count;
+        self.bar.inc(count as u64);
+        if self.bar.is_hidden() && self.last_line.elapsed() >= LINE_EVERY {
+            self.last_line = Instant::now();
+            let (finished, rate) = (self.done + self.skipped + self.resumed, self.rate());
+            let left = (self.total.saturating_sub(finished)) as f64 / rate.max(1e-9);
+            self.note(&format!("{finished}/{} images, {rate:.1} images/s, about {left:.0} s left", self.total));
+        }
+    }
+
+    /// Reports a file that could not be read, and gives up when there are too many of them.
+    pub(crate) fn skip(&mut self, input: &Input, message: &str) -> Result<()> {
+        let path = input.path.display().to_string();
+        // The library's messages start with the path, which is said here anyway.
+        let reason = message.strip_prefix(&path).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(message);
+        self.note(&format!("skipped {path}: {reason}"));
+        self.errors.add(&input.source(), reason)?;
+        self.skipped += 1;
+        self.bar.inc(1);
+        if self.skipped > self.max_errors {
+            bail!(
+                "giving up: {} could not be read, allowed: {}; see {}",
+                files(self.skipped),
+                self.max_errors,
+                self.errors.path.display()
+            );
+        }
+        Ok(())
+    }
+
+    /// Talk, above the bar if there is one.
+    pub(crate) fn note(&self, text: &str) {
+        self.bar.suspend(|| say(text));
+    }
+
+    /// Says how to go on after Ctrl-C.
+    pub(crate) fn interrupted(&self, next_step: &str) {
+        let finished = self.done + self.skipped + self.resumed;
+        self.note(&format!("interrupted: {finished} of {} files are done and whole; {next_step}", self.total));
+    }
+
+    /// The summary, and how the run ended as far as skipped files go.
+    pub(crate) fn finish(self, psnr: Option<f64>) -> (Summary, Exit) {
+        self.bar.finish_and_clear();
+        if self.skipped > 0 {
+            say(&format!("{} could not be read; see {}", files(self.skipped), self.errors.path.display()));
+        }
+        let round = |value: f64| (value * 1e3).round() / 1e3;
+        let summary = Summary {
+            images: self.done,
+            skipped: self.skipped,
+            resumed: self.resumed,
+            seconds: round(self.started.elapsed().as_secs_f64()),
+            images_per_second: round(self.rate()),
+            psnr: psnr.map(round),
+        };
+        (summary, if self.skipped > 0 { Exit::Skipped } else { Exit::Success })
+    }
+
+    fn rate(&self) -> f64 {
+        self.done as f64 / self.started.elapsed().as_secs_f64().max(1e-9)
+    }
+}
+
+fn files(count: usize) -> String {
+    if count == 1 { "1 file".to_string() } else { format!("{count} files") }
+}
+
+impl Summary {
+    /// The line for stdout.
+    pub(crate) fn line(&self) -> Result<String> {
+        Ok(serde_json::to_string(self)?)
+    }
+}
+
+/// `errors.jsonl`: one line for each file that this run could not read, written as it happens.
+struct ErrorLog {
+    path: PathBuf,
+    file: Option<File>,
+}
+
+impl ErrorLog {
+    /// Forgets the errors of an earlier run: their files are tried again.
+    fn start(path: PathBuf) -> Result<Self> {
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&path)(error).into()),
+            _ => Ok(Self { path, file: None }),
+        }
+    }
+
+    fn add(&mut self, source: &str, reason: &str) -> Result<()> {
+        let line = format!("{}\n", serde_json::json!({ "path": source, "reason": reason }));
+        let mut file = match self.file.take() {
+            Some(file) => file,
+            None => File::create(&self.path).map_err(Error::io(&self.path))?,
+        };
+        file.write_all(line.as_bytes()).map_err(Error::io(&self.path))?;
+        self.file = Some(file);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_graver_exit_wins() {
+        use Exit::{Failure, Interrupted, Skipped, Success};
+        let grades = [Success, Skipped, Failure, Interrupted];
+        for (i, &a) in grades.iter().enumerate() {
+            for (j, &b) in grades.iter().enumerate() {
+                assert_eq!(a.merge(b), grades[i.max(j)]);
+            }
+        }
+        assert_eq!(grades.map(Exit::code), [0, 3, 1, 130]);
+    }
+
+    #[test]
+    fn a_cause_that_the_message_holds_is_not_repeated() {
+        let error = Error::io("photos")(std::io::Error::other("is gone"));
+        assert_eq!(error.to_string(), "photos: is gone");
+        assert!(std::error::Error::source(&error).is_some(), "else failure() need not look for repetitions");
+    }
+
+    #[test]
+    fn facts_are_shown_one_a_line() {
+        let facts = serde_json::json!({ "id": "0f", "grid": [2, 3], "config": { "encoder": { "width": 64 } } });
+        assert_eq!(table(&facts), "config.encoder.width  64\ngrid                  2 x 3\nid                    0f");
+    }
+}

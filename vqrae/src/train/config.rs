@@ -1,0 +1,245 @@
+//! What a run is to do: a TOML file, and `key=value` overrides.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::DType;
+use serde::{Deserialize, Serialize};
+
+use super::data::Photos;
+use super::loss;
+use super::optimizer;
+use super::schedule::Rate;
+use super::{Event, Observer, start};
+use crate::error::{Error, Result};
+use crate::image::Preprocessor;
+use crate::model::{self, fresh_tensors};
+use crate::weights::{self, Tensors};
+use crate::{decoder, encoder, quantizer};
+
+/// The whole of a run's settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where the weights come from.
+    pub start: Start,
+    /// How long, how large, how often.
+    pub train: Run,
+    /// The weights of the loss terms.
+    #[serde(default)]
+    pub loss: loss::Weights,
+    /// AdamW's constants.
+    #[serde(default)]
+    pub optimizer: optimizer::Config,
+    /// Learning rates.
+    pub groups: Groups,
+    /// The model; not needed when it starts from a folder.
+    pub model: Model,
+}
+
+/// Where the weights come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "from", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Start {
+    /// A model folder, as `init` makes it of a pretrained encoder; `model` must say the same as its `config.json`.
+    Folder {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// Random weights.
+    Random,
+    /// The best linear tokenizer of the photos; see [`start`].
+    PrincipalComponents(start::Config),
+}
+
+/// The model to train.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// The encoder.
+    pub encoder: encoder::Config,
+    /// The quantizer.
+    pub quantizer: quantizer::Config,
+    /// The decoder; what is not said mirrors the encoder.
+    #[serde(default)]
+    pub decoder: decoder::Config,
+}
+
+impl Model {
+    /// As `config.json` has it.
+    pub fn config(&self) -> model::Config {
+        model::Config::new(self.encoder.clone(), self.quantizer.clone(), self.decoder.clone())
+    }
+}
+
+/// How long, how large, how often.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Run {
+    /// Steps of the whole run.
+    pub steps: usize,
+    /// Images a step.
+    pub batch_size: usize,
+    /// Steps in which the learning rates rise.
+    pub warmup_steps: usize,
+    /// Seed of weights, order and crops.
+    pub seed: u64,
+    /// Steps between lines of the log.
+    pub log_every: usize,
+    /// Steps between validations; 0 for the end only.
+    pub validate_every: usize,
+    /// Steps between checkpoints; 0 for the end only.
+    pub checkpoint_every: usize,
+    /// Checkpoints that are kept.
+    pub keep_checkpoints: usize,
+    /// Photos on a validation sheet.
+    pub sheet_images: usize,
+    /// Dtype of the model that is written: `f32` or `f16`.
+    pub save_dtype: String,
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Self {
+            steps: 1000,
+            batch_size: 16,
+            warmup_steps: 100,
+            seed: 0,
+            log_every: 20,
+            validate_every: 200,
+            checkpoint_every: 200,
+            keep_checkpoints: 2,
+            sheet_images: 16,
+            save_dtype: "f32".to_string(),
+        }
+    }
+}
+
+impl Run {
+    pub(super) fn save_dtype(&self) -> Result<DType> {
+        match self.save_dtype.as_str() {
+            "f32" => Ok(DType::F32),
+            "f16" => Ok(DType::F16),
+            other => Err(Error::Training(format!("train.save_dtype is `{other}`, expected: `f32` or `f16`"))),
+        }
+    }
+}
+
+/// The learning rates of the three stages; a peak of zero freezes one.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Groups {
+    /// Of `encoder.…`; stage 1 of the paper has zero.
+    pub encoder: Rate,
+    /// Of `quantizer.…`.
+    pub quantizer: Rate,
+    /// Of `decoder.…`.
+    pub decoder: Rate,
+}
+
+impl Groups {
+    /// The rate of a parameter.
+    pub fn of(&self, name: &str) -> Rate {
+        match name.split('.').next() {
+            Some("encoder") => self.encoder,
+            Some("quantizer") => self.quantizer,
+            _ => self.decoder,
+        }
+    }
+}
+
+impl Config {
+    /// Reads a TOML file and applies overrides such as `train.steps=200`.
+    pub fn read(path: &Path, overrides: &[String]) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        let mut table: toml::Table = text.parse().map_err(|e| Error::config(path, e))?;
+        for wish in overrides {
+            set(&mut table, wish).map_err(|reason| Error::config(path, reason))?;
+        }
+        let config: Self = toml::Value::Table(table).try_into().map_err(|e| Error::config(path, e))?;
+        config.check().map_err(|reason| Error::config(path, reason))?;
+        Ok(config)
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        self.model.config().check()?;
+        let (train, optimizer) = (&self.train, &self.optimizer);
+        if train.batch_size == 0 || train.batch_size > 1 << 16 {
+            return Err(format!("train.batch_size is {}, expected: 1 to 65536", train.batch_size));
+        }
+        for (name, rate) in [("encoder", self.groups.encoder), ("quantizer", self.groups.quantizer), ("decoder", self.groups.decoder)] {
+            if !(rate.peak.is_finite() && rate.end.is_finite() && rate.peak >= 0.0 && rate.end >= 0.0) {
+                return Err(format!("groups.{name}: rates must be 0 or more, got: {} and {}", rate.peak, rate.end));
+            }
+        }
+        if optimizer.max_grad_norm <= 0.0 {
+            return Err(format!("optimizer.max_grad_norm is {}, expected: more than 0", optimizer.max_grad_norm));
+        }
+        train.save_dtype().map(|_| ()).map_err(|e| e.to_string())
+    }
+
+    /// The model's config, its preprocessor and the tensors of step 0 (none when a checkpoint `resumes`).
+    pub(super) fn start_model(
+        &self,
+        photos: &Photos,
+        resumes: bool,
+        tell: Observer,
+    ) -> Result<(model::Config, Preprocessor, Tensors)> {
+        let config = self.model.config();
+        let encoder::Config::Siglip(siglip) = &self.model.encoder;
+        let mut preprocessor = Preprocessor::siglip(siglip.image_size, crate::image::Resample::Bicubic);
+        if let Start::Folder { path } = &self.start {
+            let theirs = std::fs::read_to_string(path.join("config.json")).map_err(Error::io(path))?;
+            if model::Config::from_json(&theirs, path)? != config {
+                return Err(Error::config(path, "its config.json differs from the run's [model] section"));
+            }
+            preprocessor = Preprocessor::from_file(&path.join("preprocessor_config.json"))?;
+        }
+        if resumes {
+            return Ok((config, preprocessor, Tensors::new()));
+        }
+        let tensors = match &self.start {
+            Start::Folder { path } => weights::read(path)?,
+            Start::Random => fresh_tensors(&config, Tensors::new(), self.train.seed)?,
+            Start::PrincipalComponents(start) => {
+                let mut tensors = fresh_tensors(&config, Tensors::new(), self.train.seed)?;
+                let note = |text: &str| {
+                    let _ = tell(Event::Note(text));
+                };
+                start::principal_components(&mut tensors, &config, start, photos, &preprocessor, self.train.seed, note)?;
+                tensors
+            }
+        };
+        Ok((config, preprocessor, tensors))
+    }
+}
+
+/// Applies `a.b.c=value`; the value is TOML, or a bare word.
+fn set(table: &mut toml::Table, wish: &str) -> std::result::Result<(), String> {
+    let (key, value) = wish.split_once('=').ok_or_else(|| format!("--set {wish}: expected: key=value"))?;
+    let parsed = format!("v = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("v"));
+    let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_string()));
+    let mut path: Vec<&str> = key.split('.').collect();
+    let last = path.pop().unwrap_or(key);
+    let mut at = table;
+    for part in path {
+        let entry = at.entry(part).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        at = entry.as_table_mut().ok_or_else(|| format!("--set {wish}: `{part}` is not a section"))?;
+    }
+    at.insert(last.to_string(), value);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overrides_reach_nested_keys() {
+        let mut table: toml::Table = "[train]\nsteps = 1".parse().unwrap();
+        set(&mut table, "train.steps=20").unwrap();
+        set(&mut table, "train.save_dtype=f16").unwrap();
+        assert_eq!(table["train"]["steps"].as_integer(), Some(20));
+        assert_eq!(table["train"]["save_dtype"].as_str(), Some("f16"));
+        assert!(set(&mut table, "train").is_err());
+    }
+}

@@ -1,0 +1,401 @@
+//! Stage-1 training: the loop, a page to read from top to bottom.
+//!
+//! A run is a folder: `config.toml` (what was asked for, every default filled in), `log.jsonl`, `checkpoints/`, and
+//! `model/`, the model folder of the best validation so far.
+
+pub mod checkpoint;
+mod config;
+pub mod data;
+pub mod loss;
+pub mod optimizer;
+pub mod schedule;
+pub mod start;
+
+pub use config::{Config, Groups, Run, Start};
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::VarBuilder;
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::image::{Preprocessor, ResizeMode, Rgb};
+use crate::metrics::{self, CodeCounts};
+use crate::model::{self, Network};
+use crate::weights::{self, Tensors};
+use checkpoint::State;
+use data::{Crops, Photos, Skipped};
+use loss::Terms;
+use optimizer::AdamW;
+
+/// What a run tells while it goes on.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// Something a person may want to know.
+    Note(&'a str),
+    /// A line of the log.
+    Step(&'a StepLog),
+    /// A validation, with the first photos and their reconstructions.
+    Validation(&'a ValidationLog, &'a [(Rgb, Rgb)]),
+}
+
+/// Hears what a run tells, and may end it after the step at hand.
+pub type Observer<'a> = &'a mut dyn FnMut(Event) -> ControlFlow<()>;
+
+/// A line of `log.jsonl`: means over the steps since the last one.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct StepLog {
+    /// Steps that are done, and of how many.
+    pub step: usize,
+    /// Steps of the whole run.
+    pub steps: usize,
+    /// What is minimised.
+    pub loss: f64,
+    /// The quantizer's loss.
+    pub quantizer_loss: f64,
+    /// PSNR in dB of the batch's mean squared error.
+    pub psnr: f64,
+    /// Share of the codebook that these steps chose.
+    pub usage: f64,
+    /// exp of the entropy of the codes that these steps chose.
+    pub perplexity: f64,
+    /// Norm of the gradients before clipping, of the last step.
+    pub gradient_norm: f64,
+    /// Learning rates of encoder, quantizer and decoder.
+    pub rates: [f64; 3],
+    /// Images a step.
+    pub images_per_step: usize,
+    /// Images a second.
+    pub images_per_second: f64,
+}
+
+/// A validation's line of `log.jsonl`.
+#[derive(Debug, Clone, Serialize)]
+pub struct ValidationLog {
+    /// Steps that are done.
+    pub step: usize,
+    /// Mean over the photos of the PSNR in dB of 8-bit images.
+    pub validation_psnr: f64,
+    /// Share of the codebook in use over the validation photos.
+    pub validation_usage: f64,
+    /// exp of the entropy of their codes.
+    pub validation_perplexity: f64,
+}
+
+/// Trains as `config` says, in the folder `output`; goes on from the newest checkpoint there when `resume` is set.
+///
+/// # Errors
+/// A config that makes no sense, photos that cannot be read, a checkpoint of another config, a loss that is not finite.
+pub fn run(config: &Config, train: &Path, validation: Option<&Path>, output: &Path, resume: bool, tell: Observer) -> Result<()> {
+    let photos = Photos::list(train)?;
+    let validation = validation.map(Photos::list).transpose()?;
+    std::fs::create_dir_all(output).map_err(Error::io(output))?;
+    let found = if resume { checkpoint::newest(output)? } else { None };
+    let mut trainer = Trainer::new(config, &photos, output, found, tell)?;
+    trainer.table(&photos, tell);
+    let steps = config.train.steps;
+    if trainer.state.step == 0 {
+        trainer.validate(validation.as_ref(), tell)?;
+    }
+    std::thread::scope(|scope| {
+        let (sender, batches) = mpsc::sync_channel(2);
+        let (first, preprocessor) = (trainer.state.step, trainer.preprocessor.clone());
+        let photos = &photos;
+        scope.spawn(move || feed(sender, config, photos, preprocessor, first));
+        for step in first..steps {
+            let (pixels, skipped) = batches.recv().map_err(|_| Error::Training("the photos ended".into()))??;
+            let log = trainer.step(step, pixels, &skipped, tell)?;
+            let due = |every: usize| every > 0 && (step + 1) % every == 0 || step + 1 == steps;
+            let stop = log.is_some_and(|log| tell(Event::Step(&log)).is_break());
+            if due(config.train.validate_every) {
+                trainer.validate(validation.as_ref(), tell)?;
+            }
+            if due(config.train.checkpoint_every) || stop {
+                trainer.checkpoint()?;
+            }
+            if stop {
+                return Ok(());
+            }
+        }
+        Ok(())
+    })
+}
+
+/// One batch: normalised pixels in one vector, and the photos that could not be used.
+type Batch = Result<(Vec<f32>, Vec<Skipped>)>;
+
+/// Decodes ahead of the steps, until nobody listens.
+fn feed(sender: mpsc::SyncSender<Batch>, config: &Config, photos: &Photos, preprocessor: Preprocessor, first: usize) {
+    let mut crops = Crops::new(photos, &preprocessor, config.train.seed);
+    let size = config.train.batch_size;
+    for step in first..config.train.steps {
+        if sender.send(crops.batch(step * size, size)).is_err() {
+            return;
+        }
+    }
+}
+
+struct Trainer<'a> {
+    config: &'a Config,
+    output: &'a Path,
+    preprocessor: Preprocessor,
+    network: Network,
+    parameters: BTreeMap<String, Var>,
+    frozen: Tensors,
+    optimizer: AdamW,
+    state: State,
+    since: Since,
+}
+
+/// Sums since the last line of the log.
+struct Since {
+    begin: Instant,
+    steps: usize,
+    loss: f64,
+    quantizer: f64,
+    reconstruction: f64,
+    codes: CodeCounts,
+}
+
+impl Since {
+    fn now(k: usize) -> Self {
+        let begin = Instant::now();
+        Self { begin, steps: 0, loss: 0.0, quantizer: 0.0, reconstruction: 0.0, codes: CodeCounts::new(k) }
+    }
+}
+
+impl<'a> Trainer<'a> {
+    fn new(
+        config: &'a Config,
+        photos: &Photos,
+        output: &'a Path,
+        found: Option<checkpoint::Checkpoint>,
+        tell: Observer,
+    ) -> Result<Self> {
+        let (model, preprocessor, start) = config.start_model(photos, found.is_some(), tell)?;
+        let as_json = serde_json::to_value(config).map_err(|e| Error::config("config", e))?;
+        let (tensors, moments, state) = match found {
+            None => (start, None, State { step: 0, best: None, config: as_json }),
+            Some(found) if found.state.config != as_json => return Err(other_config(&found.state.config, &as_json)),
+            Some(found) => (found.model, Some(found.optimizer), found.state),
+        };
+        let (parameters, frozen) = split(&tensors, &config.groups, &model)?;
+        let all: HashMap<String, Tensor> = parameters
+            .iter()
+            .map(|(name, var)| (name.clone(), var.as_tensor().clone()))
+            .chain(frozen.iter().map(|(name, tensor)| (name.clone(), tensor.clone())))
+            .collect();
+        let network = Network::load(VarBuilder::from_tensors(all, DType::F32, &Device::Cpu), &model)?;
+        let mut optimizer = AdamW::new(config.optimizer, &parameters);
+        if let Some(moments) = moments {
+            optimizer.load_state(moments)?;
+        }
+        let text = toml::to_string_pretty(config).map_err(|e| Error::config("config.toml", e))?;
+        weights::write_whole(&output.join("config.toml"), text.as_bytes())?;
+        trim_log(&output.join("log.jsonl"), state.step)?;
+        let since = Since::now(model.quantizer.codebook_size());
+        Ok(Self { config, output, preprocessor, network, parameters, frozen, optimizer, state, since })
+    }
+
+    /// The run's settings, before the first step.
+    fn table(&self, photos: &Photos, tell: Observer) {
+        let (mut decayed, mut spared) = (0, 0);
+        for (name, var) in &self.parameters {
+            *(if optimizer::decays(name, var) { &mut decayed } else { &mut spared }) += var.elem_count();
+        }
+        let frozen: usize = self.frozen.values().map(Tensor::elem_count).sum();
+        let train = &self.config.train;
+        let lines = [
+            format!("photos {}, batch {}, steps {} to {}", photos.len(), train.batch_size, self.state.step, train.steps),
+            format!("trained {} (weight decay on {decayed}), frozen {frozen}", decayed + spared),
+        ];
+        for line in &lines {
+            let _ = tell(Event::Note(line));
+        }
+    }
+
+    /// Forward, backward, clip, step. Returns a line of the log when one is due.
+    fn step(&mut self, step: usize, pixels: Vec<f32>, skipped: &[Skipped], tell: Observer) -> Result<Option<StepLog>> {
+        for photo in skipped {
+            let _ = tell(Event::Note(&format!("skipped {}", photo.reason)));
+        }
+        let train = &self.config.train;
+        let (h, w) = self.preprocessor.size;
+        let pixels = Tensor::from_vec(pixels, (train.batch_size, 3, h, w), &Device::Cpu)?;
+        let quantized = self.network.quantize(&pixels)?;
+        let painted = self.network.paint(&quantized.tokens, self.network.grid(h, w)?, DType::F32)?;
+        let terms = Terms::new(&self.config.loss, &pixels, &painted, self.network.quantizer.loss(&quantized)?)?;
+        let scalar = |tensor: &Tensor| Ok::<f64, Error>(f64::from(tensor.to_scalar::<f32>()?));
+        let loss = scalar(&terms.total)?;
+        let gradients = terms.total.backward()?;
+        let groups = &self.config.groups;
+        let rate = |name: &str| groups.of(name).at(step, train.warmup_steps, train.steps);
+        let norm = self.optimizer.step(&self.parameters, &gradients, step, rate)?;
+        if !loss.is_finite() || !norm.is_finite() {
+            return Err(Error::Training(format!(
+                "step {step}: the loss is {loss} and the gradients' norm {norm}; the last checkpoint is good, resume from it with a lower learning rate"
+            )));
+        }
+        self.state.step = step + 1;
+        let since = &mut self.since;
+        since.steps += 1;
+        since.loss += loss;
+        since.quantizer += scalar(&terms.quantizer)?;
+        since.reconstruction += scalar(&terms.reconstruction)?;
+        since.codes.add(&quantized.indices.flatten_all()?.to_vec1::<u32>()?);
+        if (step + 1) % train.log_every.max(1) != 0 && step + 1 != train.steps {
+            return Ok(None);
+        }
+        let log = self.summary(norm, ["encoder.", "quantizer.", "decoder."].map(rate));
+        self.append(&log)?;
+        self.since = Since::now(self.codes());
+        Ok(Some(log))
+    }
+
+    fn summary(&self, gradient_norm: f64, rates: [f64; 3]) -> StepLog {
+        let since = &self.since;
+        let mean = |sum: f64| sum / since.steps as f64;
+        let std = f64::from(self.preprocessor.image_std[0]);
+        StepLog {
+            step: self.state.step,
+            steps: self.config.train.steps,
+            loss: mean(since.loss),
+            quantizer_loss: mean(since.quantizer),
+            psnr: -10.0 * (mean(since.reconstruction) * std * std).log10(),
+            usage: since.codes.usage(),
+            perplexity: since.codes.perplexity(),
+            gradient_norm,
+            rates,
+            images_per_step: self.config.train.batch_size,
+            images_per_second: (since.steps * self.config.train.batch_size) as f64 / since.begin.elapsed().as_secs_f64(),
+        }
+    }
+
+    /// Reconstructs the validation photos; the best model so far is written to `model/`.
+    fn validate(&mut self, photos: Option<&Photos>, tell: Observer) -> Result<()> {
+        let Some(photos) = photos else { return self.export() };
+        let centre = Preprocessor { resize_mode: ResizeMode::CenterCrop, ..self.preprocessor.clone() };
+        let (h, w) = centre.size;
+        let mut codes = CodeCounts::new(self.codes());
+        let (mut sum, mut count, mut shown) = (0.0, 0, Vec::new());
+        let network = self.untracked()?;
+        for index in 0..photos.len() {
+            let prepare = |image: Rgb| centre.prepare(&image).map_err(|kind| photos.unusable(index, kind));
+            let original = match photos.open(index).and_then(prepare) {
+                Ok(original) => original,
+                Err(error) => {
+                    let _ = tell(Event::Note(&format!("skipped {error}")));
+                    continue;
+                }
+            };
+            let pixels = Tensor::from_vec(centre.normalize(&original), (1, 3, h, w), &Device::Cpu)?;
+            let quantized = network.quantize(&pixels)?;
+            let painted = network.paint(&quantized.tokens, network.grid(h, w)?, DType::F32)?;
+            codes.add(&quantized.indices.flatten_all()?.to_vec1::<u32>()?);
+            let painted = centre.denormalize_to_rgb(&painted.flatten_all()?.to_vec1::<f32>()?, h, w);
+            sum += metrics::psnr(&original, &painted).unwrap_or_default().min(100.0);
+            count += 1;
+            if index % photos.len().div_ceil(self.config.train.sheet_images.max(1)) == 0 {
+                shown.push((original, painted));
+            }
+        }
+        let log = ValidationLog {
+            step: self.state.step,
+            validation_psnr: sum / f64::from(count.max(1)),
+            validation_usage: codes.usage(),
+            validation_perplexity: codes.perplexity(),
+        };
+        self.append(&log)?;
+        let _ = tell(Event::Validation(&log, &shown));
+        if self.state.best.is_none_or(|(best, _)| log.validation_psnr > best) {
+            self.state.best = Some((log.validation_psnr, self.state.step));
+            self.export()?;
+        }
+        Ok(())
+    }
+
+    /// The network over the same weights without gradients.
+    fn untracked(&self) -> Result<Network> {
+        let all: HashMap<String, Tensor> = self.tensors().into_iter().map(|(name, t)| (name, t.detach())).collect();
+        let model = &self.config.model;
+        Ok(Network::load(VarBuilder::from_tensors(all, DType::F32, &Device::Cpu), &model.config())?)
+    }
+
+    fn tensors(&self) -> Tensors {
+        let trained = self.parameters.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor()));
+        trained.chain(self.frozen.clone()).collect()
+    }
+
+    /// Writes `model/`, in the dtype that the config asks for.
+    fn export(&self) -> Result<()> {
+        let dtype = self.config.train.save_dtype()?;
+        let cast = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(dtype)?));
+        let tensors = self.tensors().into_iter().map(cast).collect::<Result<Tensors>>()?;
+        model::save(&self.output.join("model"), &self.config.model.config(), &self.preprocessor, &tensors)
+    }
+
+    fn checkpoint(&self) -> Result<()> {
+        let keep = self.config.train.keep_checkpoints;
+        checkpoint::write(self.output, &self.state, &self.tensors(), &self.optimizer.state()?, keep)
+    }
+
+    fn codes(&self) -> usize {
+        self.config.model.quantizer.codebook_size()
+    }
+
+    fn append(&self, line: &impl Serialize) -> Result<()> {
+        let path = self.output.join("log.jsonl");
+        let text = serde_json::to_string(line).map_err(|e| Error::config(&path, e))?;
+        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path))?;
+        writeln!(file, "{text}").map_err(Error::io(&path))
+    }
+}
+
+/// Names the first key in which a checkpoint's config differs.
+fn other_config(old: &serde_json::Value, new: &serde_json::Value) -> Error {
+    let pointer = difference(old, new, String::new()).unwrap_or_default();
+    let reason = format!("the checkpoint was made with another `{pointer}`; train in a new --output-dir");
+    Error::Training(reason)
+}
+
+fn difference(old: &serde_json::Value, new: &serde_json::Value, at: String) -> Option<String> {
+    match (old.as_object(), new.as_object()) {
+        (Some(a), Some(b)) => a
+            .keys()
+            .chain(b.keys())
+            .find_map(|key| difference(&old[key], &new[key], format!("{at}.{key}").trim_start_matches('.').to_string())),
+        _ => (old != new).then_some(at),
+    }
+}
+
+/// Trained and frozen tensors: a group is trained when its rate is not zero; a codebook only when the config says so.
+fn split(tensors: &Tensors, groups: &Groups, model: &model::Config) -> Result<(BTreeMap<String, Var>, Tensors)> {
+    let crate::quantizer::Config::SimVq(simvq) = &model.quantizer;
+    let (mut parameters, mut frozen) = (BTreeMap::new(), Tensors::new());
+    for (name, tensor) in tensors {
+        let codebook = name == "quantizer.codebook" && !simvq.train_codebook;
+        if groups.of(name).peak == 0.0 || codebook {
+            frozen.insert(name.clone(), tensor.to_dtype(DType::F32)?);
+        } else {
+            parameters.insert(name.clone(), Var::from_tensor(&tensor.to_dtype(DType::F32)?)?);
+        }
+    }
+    Ok((parameters, frozen))
+}
+
+/// Drops the lines of steps that will be done again, and a line that a kill cut in half.
+fn trim_log(path: &Path, step: usize) -> Result<()> {
+    let Ok(text) = std::fs::read_to_string(path) else { return Ok(()) };
+    let kept = |line: &&str| {
+        let parsed: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+        step > 0 && parsed["step"].as_u64().is_some_and(|s| s as usize <= step)
+    };
+    let lines: String = text.lines().filter(kept).map(|line| format!("{line}\n")).collect();
+    weights::write_whole(path, lines.as_bytes())
+}
