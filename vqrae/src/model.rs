@@ -169,7 +169,7 @@ impl Vqrae {
         device: &Device,
         dtype: DType,
     ) -> Result<Self> {
-        let id = weights::id(&config.to_json()?, &tensors)?;
+        let id = id(&config, &preprocessor, &tensors)?;
         let parameters = tensors.values().map(Tensor::elem_count).sum();
         let loader = Loader::new(tensors, path);
         let network = loader.finish(Network::load(loader.builder(dtype, device), &config))?;
@@ -233,7 +233,7 @@ impl Vqrae {
         self.network.grid(height, width)
     }
 
-    /// The hash of config and weights that codes are stamped with.
+    /// The hash of config, preprocessing and weights that codes are stamped with.
     pub fn id(&self) -> &str {
         &self.id
     }
@@ -262,6 +262,11 @@ impl Vqrae {
     pub fn dtype(&self) -> DType {
         self.dtype
     }
+}
+
+/// The id of a model: another config, preprocessing or weight makes another id.
+fn id(config: &Config, preprocessor: &Preprocessor, tensors: &Tensors) -> Result<String> {
+    weights::id(&format!("{}\n{}", config.to_json()?, preprocessor.to_json()), tensors)
 }
 
 /// The tensors of a new model: those `given` (all of a stage, or none of it), the others fresh from `seed`.
@@ -333,6 +338,6 @@ pub fn init(encoder_folder: &Path, config_file: &Path, output: &Path, seed: u64)
     }
     save(output, &config, &preprocessor, &tensors)?;
     let total = tensors.values().map(Tensor::elem_count).sum::<usize>();
-    let id = weights::id(&config.to_json()?, &tensors)?;
+    let id = id(&config, &preprocessor, &tensors)?;
     Ok(InitReport { folder: output.to_path_buf(), id, pretrained, fresh: total - pretrained })
 }

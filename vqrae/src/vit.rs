@@ -204,7 +204,7 @@ pub fn unpatchify(patches: &Tensor, (h, w): (usize, usize), p: usize) -> Result<
 
 /// The grid (h, w) that patches of side `p` make of `height` × `width` pixels.
 pub fn grid(height: usize, width: usize, p: usize) -> Result<(usize, usize)> {
-    if p == 0 || height == 0 || width == 0 || height % p != 0 || width % p != 0 {
+    if p == 0 || height == 0 || width == 0 || !height.is_multiple_of(p) || !width.is_multiple_of(p) {
         candle_core::bail!("an image of {height}×{width} pixels does not divide into patches of {p}×{p}");
     }
     Ok((height / p, width / p))
@@ -249,7 +249,7 @@ impl Config {
                 return Err(format!("{what}: {name} is {size}, expected: 1 to {limit}"));
             }
         }
-        if self.width % self.heads != 0 {
+        if !self.width.is_multiple_of(self.heads) {
             return Err(format!("{what}: {} heads do not divide the width {}", self.heads, self.width));
         }
         Ok(())

@@ -105,14 +105,14 @@ fn set_readable(_: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The id of a model: a hash of its config and of every tensor's name, dtype, shape and bits.
-pub fn id(config: &str, tensors: &Tensors) -> Result<String> {
+/// A hash of a text and of every tensor's name, dtype, shape and bits.
+pub fn id(text: &str, tensors: &Tensors) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     let mut part = |bytes: &[u8]| {
         hasher.update(&(bytes.len() as u64).to_le_bytes());
         hasher.update(bytes);
     };
-    part(config.as_bytes());
+    part(text.as_bytes());
     for (name, tensor) in tensors {
         part(name.as_bytes());
         part(format!("{:?} {:?}", tensor.dtype(), tensor.dims()).as_bytes());

@@ -1,7 +1,7 @@
 //! SigLIP (Zhai et al., arXiv 2303.15343) and SigLIP2 of a fixed image size (Tschannen et al., arXiv 2502.14786): the
 //! config of Hugging Face's `SiglipVisionModel` and its tensor names; the blocks are [`crate::vit`]'s.
 
-use candle_core::{Module, Result, Tensor};
+use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::siglip as stock;
 use serde::{Deserialize, Serialize};
@@ -142,8 +142,8 @@ impl SiglipConfig {
 pub enum Siglip {
     /// On our [`Vit`].
     Vit(SiglipVit),
-    /// candle-transformers' own, and the dtype of its weights.
-    Stock(stock::VisionModel, candle_core::DType, SiglipConfig),
+    /// candle-transformers' own.
+    Stock(Box<Stock>),
 }
 
 impl Siglip {
@@ -154,7 +154,8 @@ impl Siglip {
             Backend::CandleTransformers => {
                 let vb = vb.pp("vision_model");
                 let dtype = vb.dtype();
-                Ok(Self::Stock(stock::VisionModel::new(&config.stock(), false, vb)?, dtype, config.clone()))
+                let model = stock::VisionModel::new(&config.stock(), false, vb)?;
+                Ok(Self::Stock(Box::new(Stock { model, dtype, config: config.clone() })))
             }
         }
     }
@@ -163,17 +164,29 @@ impl Siglip {
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         match self {
             Self::Vit(model) => model.forward(pixels),
-            Self::Stock(model, dtype, config) => {
-                let (_, _, height, width) = pixels.dims4()?;
-                if vit::grid(height, width, config.patch_size)? != config.grid() {
-                    candle_core::bail!(
-                        "candle-transformers' SigLIP takes {0}×{0} pixels, not {height}×{width}; set backend to vit",
-                        config.image_size
-                    );
-                }
-                model.forward(&pixels.to_dtype(*dtype)?)
-            }
+            Self::Stock(stock) => stock.forward(pixels),
         }
+    }
+}
+
+/// candle-transformers' SigLIP, which takes its own image size alone.
+#[derive(Debug, Clone)]
+pub struct Stock {
+    model: stock::VisionModel,
+    dtype: DType,
+    config: SiglipConfig,
+}
+
+impl Stock {
+    fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        let (_, _, height, width) = pixels.dims4()?;
+        if vit::grid(height, width, self.config.patch_size)? != self.config.grid() {
+            candle_core::bail!(
+                "candle-transformers' SigLIP takes {0}×{0} pixels, not {height}×{width}; set backend to vit",
+                self.config.image_size
+            );
+        }
+        self.model.forward(&pixels.to_dtype(self.dtype)?)
     }
 }
 

@@ -17,7 +17,7 @@ const QUERIES: usize = 128;
 /// - q, k, v and output: `[B, N, D]`, head h in the columns `h·D/heads ..`
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, n, d) = q.dims3()?;
-    if heads == 0 || d % heads != 0 || k.dims() != [b, n, d] || v.dims() != [b, n, d] {
+    if heads == 0 || !d.is_multiple_of(heads) || k.dims() != [b, n, d] || v.dims() != [b, n, d] {
         candle_core::bail!("attention: q {:?}, k {:?}, v {:?}, {heads} heads", q.dims(), k.dims(), v.dims());
     }
     if !super::fused(q) || n == 0 {

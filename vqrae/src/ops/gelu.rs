@@ -8,7 +8,7 @@ use super::vector::{sigmoid, vectorised};
 /// Elements that one piece of work covers.
 const PIECE: usize = 16_384;
 /// 2 √(2/π): the tanh form equals x · sigmoid(2u), where u = √(2/π) (x + 0.044715 x³).
-const TWO_U: f32 = 1.595_769_1;
+const TWO_U: f32 = 1.595_769_2;
 const CUBIC: f32 = 0.044_715;
 
 /// `x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))`, element by element.

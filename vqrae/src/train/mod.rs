@@ -111,7 +111,7 @@ pub fn run(config: &Config, train: &Path, validation: Option<&Path>, output: &Pa
         for step in first..steps {
             let (pixels, skipped) = batches.recv().map_err(|_| Error::Training("the photos ended".into()))??;
             let log = trainer.step(step, pixels, &skipped, tell)?;
-            let due = |every: usize| every > 0 && (step + 1) % every == 0 || step + 1 == steps;
+            let due = |every: usize| (every > 0 && (step + 1).is_multiple_of(every)) || step + 1 == steps;
             let stop = log.is_some_and(|log| tell(Event::Step(&log)).is_break());
             if due(config.train.validate_every) {
                 trainer.validate(validation.as_ref(), tell)?;
@@ -249,7 +249,7 @@ impl<'a> Trainer<'a> {
         since.quantizer += scalar(&terms.quantizer)?;
         since.reconstruction += scalar(&terms.reconstruction)?;
         since.codes.add(&quantized.indices.flatten_all()?.to_vec1::<u32>()?);
-        if (step + 1) % train.log_every.max(1) != 0 && step + 1 != train.steps {
+        if !(step + 1).is_multiple_of(train.log_every.max(1)) && step + 1 != train.steps {
             return Ok(None);
         }
         let log = self.summary(norm, ["encoder.", "quantizer.", "decoder."].map(rate));
