@@ -1,1 +1,11 @@
 //! One integration binary, so that candle is linked once.
+
+mod codes;
+mod compare;
+mod folders;
+mod gradients;
+mod image;
+mod invariance;
+mod ops;
+mod parity;
+mod simvq;

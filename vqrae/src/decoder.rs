@@ -12,16 +12,22 @@ use crate::vit::{self, Positions, Vit};
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Width D of a token.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub hidden_size: Option<usize>,
     /// Number of blocks.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub num_hidden_layers: Option<usize>,
     /// Attention heads.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub num_attention_heads: Option<usize>,
     /// Hidden width of the MLP.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub intermediate_size: Option<usize>,
     /// Side of the square of pixels that a token paints; another one than the encoder's changes the image's size.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub patch_size: Option<usize>,
     /// Whether a layer norm stands before the head; yes unless said otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub final_norm: Option<bool>,
 }
 

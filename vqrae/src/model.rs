@@ -152,7 +152,7 @@ impl Vqrae {
         let tensors = include_bytes!("../../weights/vqrae-small/model.safetensors");
         Self::new(
             Config::from_json(config, &path(CONFIG))?,
-            Preprocessor::from_json(preprocessor)?,
+            Preprocessor::from_json(preprocessor).map_err(|e| Error::config(path(PREPROCESSOR), e))?,
             weights::read_bytes(tensors, &path(weights::FILE))?,
             &path(weights::FILE),
             device,

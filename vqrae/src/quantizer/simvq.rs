@@ -39,6 +39,7 @@ pub struct SimVqConfig {
     /// Whether the codebook C is trained together with W: the paper freezes it, SimVQ's authors say that both work.
     pub train_codebook: bool,
     /// Standard deviation of a fresh codebook; `null` is e^(−1/2), SimVQ's.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub codebook_std: Option<f64>,
 }
 

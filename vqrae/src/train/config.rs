@@ -11,7 +11,7 @@ use super::optimizer;
 use super::schedule::Rate;
 use super::{Event, Observer, start};
 use crate::error::{Error, Result};
-use crate::image::Preprocessor;
+use crate::image::{Preprocessor, Resample, ResizeMode};
 use crate::model::{self, fresh_tensors};
 use crate::weights::{self, Tensors};
 use crate::{decoder, encoder, quantizer};
@@ -93,6 +93,8 @@ pub struct Run {
     pub keep_checkpoints: usize,
     /// Photos on a validation sheet.
     pub sheet_images: usize,
+    /// How the trained model brings photos to its size; training itself crops at random.
+    pub resize_mode: ResizeMode,
     /// Dtype of the model that is written: `f32` or `f16`.
     pub save_dtype: String,
 }
@@ -109,6 +111,7 @@ impl Default for Run {
             checkpoint_every: 200,
             keep_checkpoints: 2,
             sheet_images: 16,
+            resize_mode: ResizeMode::Squash,
             save_dtype: "f32".to_string(),
         }
     }
@@ -186,7 +189,8 @@ impl Config {
     ) -> Result<(model::Config, Preprocessor, Tensors)> {
         let config = self.model.config();
         let encoder::Config::Siglip(siglip) = &self.model.encoder;
-        let mut preprocessor = Preprocessor::siglip(siglip.image_size, crate::image::Resample::Bicubic);
+        let mut preprocessor = Preprocessor::siglip(siglip.image_size, Resample::Bicubic);
+        preprocessor.resize_mode = self.train.resize_mode;
         if let Start::Folder { path } = &self.start {
             let theirs = std::fs::read_to_string(path.join("config.json")).map_err(Error::io(path))?;
             if model::Config::from_json(&theirs, path)? != config {

@@ -1,0 +1,263 @@
+//! Training through the binary: what it writes, that it learns, and that a killed run ends like one that was not.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_vqrae-cli");
+
+const CONFIG: &str = r#"
+[start]
+from = "principal-components"
+patches = 600
+lloyd_steps = 2
+
+[train]
+steps = 12
+batch_size = 3
+warmup_steps = 2
+seed = 5
+log_every = 2
+validate_every = 4
+checkpoint_every = 1
+
+[groups]
+encoder = { peak = 1e-3, end = 1e-4 }
+quantizer = { peak = 1e-3, end = 1e-4 }
+decoder = { peak = 1e-3, end = 1e-4 }
+
+[model.encoder]
+model_type = "siglip_vision_model"
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 1
+num_attention_heads = 2
+image_size = 32
+patch_size = 8
+features = "before_norm"
+
+[model.quantizer]
+type = "simvq"
+codebook_size = 64
+codebook_dim = 8
+transform_init = "identity"
+
+[model.decoder]
+final_norm = false
+"#;
+
+/// A temporary folder with photos and a config.
+struct Bench {
+    folder: TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let bench = Self { folder: tempfile::tempdir().expect("a temporary folder") };
+        std::fs::create_dir_all(bench.path("photos/more")).expect("a folder");
+        for i in 0..5u32 {
+            let wave = |x: u32, y: u32, c: u32| (127.0 + 120.0 * (f64::from(x * (c + 1) + y * i) / 9.0).sin()) as u8;
+            let photo = image::RgbImage::from_fn(40 + i, 36, |x, y| image::Rgb([0, 1, 2].map(|c| wave(x, y, c))));
+            photo.save(bench.path(&format!("photos/{}{i}.png", ["", "more/"][i as usize % 2]))).expect("a photo");
+        }
+        std::fs::write(bench.path("config.toml"), CONFIG).expect("a config");
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, run: &str, more: &[&str]) -> Command {
+        let mut command = Command::new(BINARY);
+        command.arg("train").arg("--config").arg(self.path("config.toml")).arg("--data").arg(self.path("photos"));
+        command.arg("--val").arg(self.path("photos")).arg("--output-dir").arg(self.path(run)).args(more);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn train(&self, run: &str, more: &[&str]) -> Output {
+        self.command(run, more).output().expect("the binary")
+    }
+
+    /// The newest checkpoint's files, which hold every bit of a run.
+    fn checkpoint(&self, run: &str, step: usize) -> [Vec<u8>; 2] {
+        let folder = self.path(run).join(format!("checkpoints/step-{step:08}"));
+        ["model.safetensors", "optimizer.safetensors"].map(|f| std::fs::read(folder.join(f)).expect("a checkpoint"))
+    }
+
+    fn log(&self, run: &str) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.path(run).join("log.jsonl")).expect("a log");
+        text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
+    }
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[track_caller]
+fn succeeds(output: &Output) {
+    assert!(output.status.success(), "{}", stderr(output));
+}
+
+#[track_caller]
+fn fails_with(output: &Output, words: &[&str]) {
+    let said = stderr(output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
+    for word in words {
+        assert!(said.contains(word), "`{word}` is not in: {said}");
+    }
+}
+
+fn validation(log: &[Value]) -> Vec<f64> {
+    log.iter().filter_map(|line| line["validation_psnr"].as_f64()).collect()
+}
+
+#[test]
+fn a_run_logs_validates_and_leaves_a_model_that_tokenizes() {
+    let bench = Bench::new();
+    succeeds(&bench.train("run", &[]));
+    let log = bench.log("run");
+    let steps: Vec<u64> = log.iter().filter(|line| line["loss"].is_f64()).filter_map(|l| l["step"].as_u64()).collect();
+    assert_eq!(steps, [2, 4, 6, 8, 10, 12]);
+    assert_eq!(validation(&log).len(), 4, "before the first step and three times after");
+    assert!(log.iter().all(|line| line["usage"].as_f64().is_none_or(|usage| usage > 0.0 && usage <= 1.0)));
+    assert!(bench.path("run/config.toml").exists());
+
+    let (model, out) = (bench.path("run/model"), bench.path("out"));
+    let mut tokenize = Command::new(BINARY);
+    tokenize.arg("tokenize").arg(bench.path("photos")).arg("-o").arg(&out).arg("--model").arg(&model);
+    succeeds(&tokenize.output().expect("the binary"));
+    assert!(out.join("codes/more/1.png.safetensors").exists());
+}
+
+#[test]
+fn the_start_from_principal_components_beats_a_random_one_and_training_improves_on_random() {
+    let bench = Bench::new();
+    succeeds(&bench.train("linear", &["--set", "train.steps=1"]));
+    let random = ["--set", "start={from=\"random\"}", "--set", "train.steps=60", "--set", "train.validate_every=60"];
+    succeeds(&bench.train("random", &random));
+    let (linear, random) = (validation(&bench.log("linear")), validation(&bench.log("random")));
+    assert!(linear[0] > random[0] + 3.0, "linear {linear:?}, random {random:?}");
+    assert!(random[1] > random[0] + 1.0, "random {random:?}");
+}
+
+#[test]
+fn a_run_that_was_killed_ends_with_the_same_bits() {
+    let bench = Bench::new();
+    succeeds(&bench.train("whole", &[]));
+
+    let mut child = bench.command("killed", &[]).stderr(Stdio::null()).spawn().expect("the binary");
+    let third = bench.path("killed/checkpoints/step-00000003");
+    let begin = Instant::now();
+    while !third.exists() && begin.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().expect("a kill");
+    child.wait().expect("its end");
+    succeeds(&bench.train("killed", &[]));
+    assert!(bench.checkpoint("whole", 12) == bench.checkpoint("killed", 12), "the weights differ");
+    assert_eq!(validation(&bench.log("whole")), validation(&bench.log("killed")));
+}
+
+#[test]
+fn a_half_written_checkpoint_is_not_one() {
+    let bench = Bench::new();
+    let short = ["--set", "train.steps=4"];
+    succeeds(&bench.train("a", &short));
+    // A half-written checkpoint, as a kill leaves it, is not one.
+    let torn = bench.path("a/checkpoints/.partial-xyz");
+    std::fs::create_dir_all(&torn).expect("a folder");
+    let unfinished = bench.path("a/checkpoints/step-00000099");
+    std::fs::create_dir_all(&unfinished).expect("a folder");
+    succeeds(&bench.train("a", &short));
+    succeeds(&bench.train("b", &short));
+    assert!(bench.checkpoint("a", 4) == bench.checkpoint("b", 4));
+}
+
+#[test]
+fn a_frozen_encoder_keeps_its_bits_and_the_rest_learns() {
+    let bench = Bench::new();
+    succeeds(&bench.train("run", &["--set", "groups.encoder={peak=0, end=0}", "--set", "train.keep_checkpoints=99"]));
+    let read = |step: usize| {
+        let path = bench.path("run").join(format!("checkpoints/step-{step:08}/model.safetensors"));
+        vqrae::weights::read_file(&path).expect("a checkpoint")
+    };
+    let bits = |t: &vqrae::Tensor| t.flatten_all().and_then(|t| t.to_vec1::<f32>()).expect("values");
+    let (first, last) = (read(1), read(12));
+    for (name, tensor) in &first {
+        let same = bits(tensor) == bits(&last[name]);
+        let frozen = name.starts_with("encoder.") || name == "quantizer.codebook";
+        assert_eq!(same, frozen, "{name}");
+    }
+}
+
+#[test]
+fn a_config_with_an_unknown_key_is_refused_by_its_name() {
+    let bench = Bench::new();
+    fails_with(&bench.train("run", &["--set", "train.stepz=3"]), &["stepz", "config.toml"]);
+    fails_with(&bench.train("run", &["--set", "model.encoder.num_attention_heads=3"]), &["3 heads"]);
+}
+
+#[test]
+fn a_checkpoint_of_another_config_is_refused_and_the_key_named() {
+    let bench = Bench::new();
+    succeeds(&bench.train("run", &["--set", "train.steps=2"]));
+    let other = bench.train("run", &["--set", "train.steps=2", "--set", "train.seed=6"]);
+    fails_with(&other, &["train.seed", "--output-dir"]);
+}
+
+#[test]
+fn a_broken_checkpoint_is_an_error_that_names_it() {
+    let bench = Bench::new();
+    let short = ["--set", "train.steps=2"];
+    succeeds(&bench.train("run", &short));
+    let path = bench.path("run/checkpoints/step-00000002/model.safetensors");
+    let bytes = std::fs::read(&path).expect("a checkpoint");
+    std::fs::write(&path, &bytes[..bytes.len() / 2]).expect("a write");
+    fails_with(&bench.train("run", &short), &["step-00000002", "model.safetensors"]);
+}
+
+#[test]
+fn a_bad_photo_is_named_and_replaced() {
+    let bench = Bench::new();
+    std::fs::write(bench.path("photos/bad.jpg"), "no photo").expect("a file");
+    let output = bench.train("run", &["--set", "train.steps=4"]);
+    succeeds(&output);
+    assert!(stderr(&output).contains("bad.jpg"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_folder_without_photos_is_an_error() {
+    let bench = Bench::new();
+    let empty = bench.path("empty");
+    std::fs::create_dir_all(&empty).expect("a folder");
+    let mut command = Command::new(BINARY);
+    command.arg("train").arg("--config").arg(bench.path("config.toml")).arg("--data").arg(&empty);
+    let output = command.arg("--output-dir").arg(bench.path("run")).output().expect("the binary");
+    fails_with(&output, &["no photos", &empty.display().to_string()]);
+}
+
+#[test]
+fn a_tar_trains_like_its_folder() {
+    let bench = Bench::new();
+    let tar = bench.path("photos.tar");
+    make_tar(&bench.path("photos"), &tar);
+    succeeds(&bench.train("folder", &["--set", "train.steps=3"]));
+    let mut command = Command::new(BINARY);
+    command.arg("train").arg("--config").arg(bench.path("config.toml")).arg("--data").arg(&tar);
+    command.arg("--output-dir").arg(bench.path("tar")).args(["--set", "train.steps=3"]);
+    succeeds(&command.output().expect("the binary"));
+    assert!(bench.checkpoint("folder", 3) == bench.checkpoint("tar", 3));
+}
+
+fn make_tar(folder: &Path, tar: &Path) {
+    let mut command = Command::new("tar");
+    command.arg("cf").arg(tar).arg("-C").arg(folder).args(["0.png", "2.png", "4.png", "more"]);
+    assert!(command.status().expect("tar").success());
+}
