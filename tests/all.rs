@@ -6,6 +6,7 @@ mod folders;
 mod gradients;
 mod image;
 mod invariance;
+mod model;
 mod ops;
 mod parity;
 mod simvq;

@@ -481,6 +481,11 @@ fn inspect_tells_about_models_and_code_files() {
     for part in ["distinct_codes", "0000.png", bench.id("model").as_str()] {
         assert!(codes.contains(part), "{part} in: {codes}");
     }
+    let folder = bench.run("inspect out/codes --json").exits(0).stdout;
+    let folder: Value = serde_json::from_str(&folder).expect("JSON");
+    assert_eq!((folder["files"].as_u64(), folder["codebook_size"].as_u64()), (Some(1), Some(64)));
+    assert!(folder["codes_in_use"].as_f64().is_some_and(|share| share > 0.0 && share <= 16.0 / 64.0));
+    bench.run("inspect photos").exits(1).says(&["neither a model folder", "nor a folder of code files"]);
     bench.run("inspect photos/0000.png").exits(1).says(&["neither a model folder nor a code file"]);
 }
 

@@ -74,7 +74,8 @@ pub(crate) fn fixture(path: &str) -> PathBuf {
 /// The tensors of a fixture that stand below `case.`, by the rest of their names.
 pub(crate) fn tensors_of(path: &Path, case: &str) -> HashMap<String, Tensor> {
     let all = read_file(path).unwrap_or_else(|error| panic!("{error}"));
-    let below = |(name, tensor): (String, Tensor)| Some((name.strip_prefix(case)?.strip_prefix('.')?.to_string(), tensor));
+    let below =
+        |(name, tensor): (String, Tensor)| Some((name.strip_prefix(case)?.strip_prefix('.')?.to_string(), tensor));
     all.into_iter().filter_map(below).collect()
 }
 

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use vqrae::weights::{self, Tensors};
 use vqrae::{DType, Device, InitReport, Tensor, Vqrae, init};
 
-use crate::compare::{assert_close, assert_same_bits, fixture, tensors_of, PARITY};
+use crate::compare::{PARITY, assert_close, assert_same_bits, fixture, tensors_of};
 
 const SEED: u64 = 7;
 const WEIGHTS: &str = "model.safetensors";
@@ -161,7 +161,8 @@ fn a_misshapen_tensor_is_named_with_both_shapes() {
         change(&model, |tensors| {
             let tensor = &tensors[name];
             shape = tensor.dims().to_vec();
-            let flat = Tensor::cat(&[tensor.flatten_all().unwrap(), Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap()], 0);
+            let flat =
+                Tensor::cat(&[tensor.flatten_all().unwrap(), Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap()], 0);
             tensors.insert(name.to_string(), flat.unwrap());
         });
         let elements = shape.iter().product::<usize>() + 1;
@@ -178,7 +179,9 @@ fn a_broken_encoder_folder_is_refused_by_name() {
     assert_refused(start(&encoder, folder.path(), &wishes()), &[NAME, "is missing"]);
 
     let encoder = encoder_in(folder.path());
-    change(&encoder, |tensors| drop(tensors.insert(NAME.to_string(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap())));
+    change(&encoder, |tensors| {
+        drop(tensors.insert(NAME.to_string(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap()))
+    });
     assert_refused(start(&encoder, folder.path(), &wishes()), &[NAME, "has shape [3], expected: [64, 32]"]);
 
     let encoder = encoder_in(folder.path());
@@ -194,7 +197,10 @@ fn a_broken_encoder_folder_is_refused_by_name() {
 
     let encoder = encoder_in(folder.path());
     change_config(&encoder, |config| config["model_type"] = json!("clip_vision_model"));
-    assert_refused(start(&encoder, folder.path(), &wishes()), &["config.json", "clip_vision_model", "siglip_vision_model"]);
+    assert_refused(
+        start(&encoder, folder.path(), &wishes()),
+        &["config.json", "clip_vision_model", "siglip_vision_model"],
+    );
     assert!(!folder.path().join("model").exists(), "a refused start leaves a folder behind");
 }
 
@@ -211,7 +217,7 @@ fn a_config_for_another_width_is_refused() {
 
     let model = started(folder.path());
     change_config(&model, |config| config["encoder"]["num_hidden_layers"] = json!(1));
-    assert_refused(open(&model), &["no use for", "encoder.vision_model.encoder.layers.1."]);
+    assert_refused(open(&model), &["no use for", "layers.1.layer_norm1.bias"]);
 }
 
 #[test]
@@ -249,7 +255,8 @@ fn a_truncated_or_lying_safetensors_file_is_refused_with_its_path() {
     let path = model.join(WEIGHTS);
     let whole = fs::read(&path).unwrap();
     let header_len = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
-    let with_header = |header: &str| [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &whole[8 + header_len..]].concat();
+    let with_header =
+        |header: &str| [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &whole[8 + header_len..]].concat();
     let header = std::str::from_utf8(&whole[8..8 + header_len]).unwrap();
     let mut broken: Vec<(String, Vec<u8>)> = [0, 7, 8, header_len, 8 + header_len, whole.len() / 2, whole.len() - 1]
         .into_iter()
@@ -260,7 +267,10 @@ fn a_truncated_or_lying_safetensors_file_is_refused_with_its_path() {
     broken.push(("a header of 2⁴⁰ bytes".to_string(), [&(1u64 << 40).to_le_bytes(), &whole[8..]].concat()));
     broken.push(("a header that is not JSON".to_string(), with_header("{\"quantizer.codebook\":")));
     broken.push(("a shape larger than its bytes".to_string(), with_header(&header.replace("[16,40]", "[16,41]"))));
-    broken.push(("a shape that overflows".to_string(), with_header(&header.replace("[16,40]", "[4611686018427387904,40]"))));
+    broken.push((
+        "a shape that overflows".to_string(),
+        with_header(&header.replace("[16,40]", "[4611686018427387904,40]")),
+    ));
     broken.push(("an unknown dtype".to_string(), with_header(&header.replacen("\"F32\"", "\"F33\"", 1))));
     for (what, bytes) in broken {
         assert_ne!(bytes, whole, "{what}: nothing was changed");

@@ -59,7 +59,10 @@ fn every_trainable_parameter_gets_a_gradient_and_the_frozen_codebook_none() {
             };
             assert_ne!(name, FROZEN, "{case}: the frozen codebook gets a gradient");
             let largest = gradient.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-            assert!(largest > 1e-4 || name.ends_with("k_proj.bias"), "{case}: the gradient of `{name}` is only {largest:e}");
+            assert!(
+                largest > 1e-4 || name.ends_with("k_proj.bias"),
+                "{case}: the gradient of `{name}` is only {largest:e}"
+            );
         }
     }
 }
@@ -89,7 +92,8 @@ fn values_and_gradients_equal_those_of_pytorch_by_name() {
         let got = pass(case, DType::F32).unwrap();
         assert_same_bits(&format!("{case}: indices"), &got.indices, &expected["indices"]);
         let outputs = [("features", &got.features), ("image", &got.image), ("loss", &got.loss)];
-        let compare = |(name, got): (&str, &Tensor)| assert_close(&format!("{case}: {name}"), got, &expected[name], PARITY);
+        let compare =
+            |(name, got): (&str, &Tensor)| assert_close(&format!("{case}: {name}"), got, &expected[name], PARITY);
         let mut worst = outputs.into_iter().map(compare).fold(0.0, f64::max);
         for (name, gradient) in &got.gradients {
             match (gradient, expected.get(&format!("gradient.{name}"))) {

@@ -66,7 +66,8 @@ fn features_before_the_norm_are_the_last_hidden_state_of_the_list() {
 fn our_vit_equals_candle_transformers_on_the_same_folder() {
     let folder = fixture("siglip/tiny");
     let reference = reference(&folder, OWN_GRID);
-    let features = |backend| load(&folder, backend, Features::LastHiddenState).forward(&reference["pixel_values"]).unwrap();
+    let features =
+        |backend| load(&folder, backend, Features::LastHiddenState).forward(&reference["pixel_values"]).unwrap();
     let stock = features(Backend::CandleTransformers);
     assert_close("candle-transformers and transformers", &stock, &reference["last_hidden_state"], PARITY);
     let worst = assert_close("vit and candle-transformers", &features(Backend::Vit), &stock, PARITY);
@@ -105,7 +106,11 @@ fn full_size_encoders_equal_transformers_where_a_folder_of_them_is_given() {
     let mut models: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     models.retain(|model| model.join("reference.safetensors").exists());
     models.sort();
-    assert!(!models.is_empty(), "VQRAE_FULL: no model with a reference.safetensors in {}", Path::new(&folder).display());
+    assert!(
+        !models.is_empty(),
+        "VQRAE_FULL: no model with a reference.safetensors in {}",
+        Path::new(&folder).display()
+    );
     for model in models {
         let name = model.file_name().unwrap().to_string_lossy();
         let encoder = load(&model, Backend::Vit, Features::LastHiddenState);

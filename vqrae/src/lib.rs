@@ -38,6 +38,7 @@ pub mod codes;
 pub mod decoder;
 pub mod encoder;
 pub mod error;
+mod files;
 pub mod image;
 pub mod metrics;
 pub mod model;

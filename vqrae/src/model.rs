@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::decoder::{self, Decoder};
 use crate::encoder::{self, Encoder};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::image::Preprocessor;
 use crate::quantizer::{self, Quantized, Quantizer};
 use crate::weights::{self, Fresh, Loader, Tensors};
@@ -279,8 +280,10 @@ pub fn save(folder: &Path, config: &Config, preprocessor: &Preprocessor, tensors
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let config = config.to_json()?;
     let preprocessor = format!("{:#}", preprocessor.to_json());
-    weights::write_whole(&folder.join(CONFIG), (config.clone() + "\n").as_bytes())?;
-    weights::write_whole(&folder.join(PREPROCESSOR), (preprocessor + "\n").as_bytes())?;
+    for (name, text) in [(CONFIG, config), (PREPROCESSOR, preprocessor)] {
+        let path = folder.join(name);
+        files::write_whole(&path, (text + "\n").as_bytes()).map_err(Error::io(&path))?;
+    }
     let metadata = HashMap::from([("format".to_string(), "vqrae".to_string())]);
     weights::write(&folder.join(weights::FILE), tensors, metadata)
 }
@@ -334,7 +337,10 @@ pub fn init(encoder_folder: &Path, config_file: &Path, output: &Path, seed: u64)
     let names: Vec<String> = given.keys().cloned().collect();
     let tensors = fresh_tensors(&config, given, seed).map_err(|e| Error::weights(encoder_folder, e))?;
     if let Some(left) = names.iter().find(|name| !tensors.contains_key(*name)) {
-        return Err(Error::weights(encoder_folder, format!("tensor `{left}` is not one that config.json has a use for")));
+        return Err(Error::weights(
+            encoder_folder,
+            format!("tensor `{left}` is not one that config.json has a use for"),
+        ));
     }
     save(output, &config, &preprocessor, &tensors)?;
     let total = tensors.values().map(Tensor::elem_count).sum::<usize>();

@@ -3,7 +3,6 @@
 //! Loading is strict both ways: a tensor that is missing, has another shape, or is left over is an error that names it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,6 +16,7 @@ use safetensors::SafeTensors;
 
 use crate::encoder::SiglipConfig;
 use crate::error::{Error, Result};
+use crate::files;
 
 /// Tensors by name, in the order of their names.
 pub type Tensors = BTreeMap<String, Tensor>;
@@ -81,28 +81,7 @@ pub fn read_bytes(bytes: &[u8], path: &Path) -> Result<Tensors> {
 /// Writes tensors to `path`, whole or not at all.
 pub fn write(path: &Path, tensors: &Tensors, metadata: HashMap<String, String>) -> Result<()> {
     let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(|e| Error::weights(path, e))?;
-    write_whole(path, &bytes)
-}
-
-/// Writes a file so that it appears whole or not at all: a temporary sibling, then a rename.
-pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io(path))?;
-    file.persist(path).map_err(|e| Error::io(path)(e.error))?;
-    set_readable(path)
-}
-
-/// Temporary files are private; what they become is as readable as other files.
-#[cfg(unix)]
-fn set_readable(path: &Path) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).map_err(Error::io(path))
-}
-
-#[cfg(not(unix))]
-fn set_readable(_: &Path) -> Result<()> {
-    Ok(())
+    files::write_whole(path, &bytes).map_err(Error::io(path))
 }
 
 /// A hash of a text and of every tensor's name, dtype, shape and bits.
@@ -153,7 +132,10 @@ impl Loader {
         if left.is_empty() {
             return Ok(loaded);
         }
-        Err(Error::weights(&self.path, format!("{} tensors that config.json has no use for: {}", left.len(), some(&left))))
+        Err(Error::weights(
+            &self.path,
+            format!("{} tensors that config.json has no use for: {}", left.len(), some(&left)),
+        ))
     }
 }
 
@@ -218,7 +200,9 @@ impl Fresh {
         let mut random = ChaCha8Rng::from_seed(*key.as_bytes());
         let n = shape.elem_count();
         let values: Vec<f32> = match init {
-            Init::Randn { mean, .. } if mean.is_infinite() => return Tensor::eye(shape.dims2()?.0, DType::F32, &Device::Cpu),
+            Init::Randn { mean, .. } if mean.is_infinite() => {
+                return Tensor::eye(shape.dims2()?.0, DType::F32, &Device::Cpu);
+            }
             Init::Const(value) => vec![value as f32; n],
             Init::Randn { mean, stdev } => {
                 let mut draw = || random.sample::<f64, _>(StandardNormal) * stdev + mean;

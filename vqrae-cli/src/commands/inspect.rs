@@ -1,24 +1,26 @@
 //! `inspect`: what a model folder or a code file says about itself.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 use vqrae::codes::{Codes, Format};
+use vqrae::metrics::CodeCounts;
 use vqrae::{Device, Vqrae};
 
 use crate::output::preprocessing;
 use crate::plan;
 use crate::report::{self, Exit};
 
-/// Show what a model folder or a code file holds
+/// Show what a model folder, a code file or a folder of code files holds
 ///
-/// Without a path, the model that ships with the program.
+/// Without a path, the model that ships with the program. Of a folder of code files: how many there are, and how much
+/// of the codebook they use.
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder of a model, or a code file that tokenize wrote
+    /// Folder of a model, or what tokenize wrote: a code file or a folder of them
     path: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
@@ -29,11 +31,13 @@ const EXAMPLES: &str = "\
 Examples:
   vqrae-cli inspect
   vqrae-cli inspect my-model --json
-  vqrae-cli inspect out/codes/cat.jpg.safetensors";
+  vqrae-cli inspect out/codes/cat.jpg.safetensors
+  vqrae-cli inspect out/codes";
 
 pub(crate) fn execute(args: Args) -> Result<Exit> {
     let facts = match &args.path {
         None => model(&plan::shipped(&Device::Cpu, vqrae::DType::F32)?)?,
+        Some(path) if path.is_dir() && !path.join("config.json").exists() => code_folder(path)?,
         Some(path) if path.is_dir() => model(&Vqrae::from_pretrained(path, &Device::Cpu, vqrae::DType::F32)?)?,
         Some(path) if Format::of(path).is_some() => codes(path)?,
         Some(path) if path.exists() => bail!("{}: neither a model folder nor a code file", path.display()),
@@ -73,5 +77,38 @@ fn codes(path: &Path) -> Result<Value> {
         "source": codes.source,
         "preprocessing": codes.preprocessing,
         "dtype": codes.dtype,
+    }))
+}
+
+fn code_folder(folder: &Path) -> Result<Value> {
+    let (mut files, mut size, mut models) = (0, 0, BTreeSet::new());
+    let mut counts = CodeCounts::new(0);
+    for entry in walkdir::WalkDir::new(folder).sort_by_file_name() {
+        let entry = entry?;
+        if !entry.file_type().is_file() || Format::of(entry.path()).is_none() {
+            continue;
+        }
+        let codes = Codes::read(entry.path())?;
+        if files == 0 {
+            size = codes.codebook_size;
+            counts = CodeCounts::new(size);
+        }
+        files += 1;
+        models.insert(codes.model_id);
+        counts.add(&codes.indices);
+    }
+    if files == 0 {
+        bail!("{}: neither a model folder (no config.json) nor a folder of code files", folder.display());
+    }
+    if models.len() > 1 {
+        let models: Vec<_> = models.into_iter().collect();
+        bail!("{}: codes of {} models: {}", folder.display(), models.len(), models.join(", "));
+    }
+    Ok(json!({
+        "files": files,
+        "model_id": models.first(),
+        "codebook_size": size,
+        "codes_in_use": counts.usage(),
+        "perplexity": counts.perplexity(),
     }))
 }

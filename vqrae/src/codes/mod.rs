@@ -37,10 +37,10 @@ mod npy;
 mod safetensors;
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 pub use safetensors::single_tensor;
 
@@ -237,23 +237,10 @@ impl Codes {
 /// a file. A killed process may leave the sibling behind, under the name that tempfile gives: `.tmp` and six letters.
 pub fn write_whole(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
     let path = path.as_ref();
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    let mut file = temporary_file(folder).map_err(Error::io(path))?;
-    file.write_all(bytes).map_err(Error::io(path))?;
-    file.persist(path).map_err(|error| Error::io(path)(error.error))?;
-    Ok(())
-}
-
-fn temporary_file(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        // tempfile's own default is 0600, which other users of a data set could not read; the umask still applies.
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     }
-    builder.tempfile_in(folder)
+    files::write_whole(path, bytes).map_err(Error::io(path))
 }
 
 /// Where the record of an `.npy` stands.

@@ -216,21 +216,10 @@ pub fn save_png(path: &Path, image: &Rgb) -> Result<(), Error> {
 
 fn write_png(path: &Path, image: &Rgb) -> io::Result<()> {
     image.check().map_err(io::Error::other)?;
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    {
-        // A temporary file is private by default; an image gets the umask's permissions like any other output.
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
-    }
-    let file = builder.tempfile_in(folder.unwrap_or(Path::new(".")))?;
-    let mut writer = io::BufWriter::new(file);
+    let mut bytes = Vec::new();
     let (width, height) = (image.width as u32, image.height as u32);
-    ::image::codecs::png::PngEncoder::new(&mut writer)
+    ::image::codecs::png::PngEncoder::new(&mut bytes)
         .write_image(&image.data, width, height, ::image::ExtendedColorType::Rgb8)
         .map_err(io::Error::other)?;
-    let file = writer.into_inner().map_err(|error| error.into_error())?;
-    file.persist(path).map_err(|error| error.error)?;
-    Ok(())
+    crate::files::write_whole(path, &bytes)
 }

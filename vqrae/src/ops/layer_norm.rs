@@ -63,6 +63,9 @@ impl CustomOp3 for LayerNormOp {
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let d = width(x_layout, weight_layout)?;
+        if bias_layout.dims() != [d] {
+            candle_core::bail!("layer_norm: bias {:?}, expected: [{d}]", bias_layout.dims());
+        }
         let x = super::f32_slice(x, x_layout)?;
         let weight = super::f32_slice(weight, weight_layout)?;
         let bias = super::f32_slice(bias, bias_layout)?;

@@ -91,8 +91,7 @@ impl CustomOp3 for LinearOp {
         let (e, d) = weight.dims2()?;
         let grad = grad.reshape(((), e))?.contiguous()?; // [M,E]
         let x_grad = x.track_op().then(|| grad.matmul(weight)?.reshape(x.shape())).transpose()?;
-        let weight_grad =
-            weight.track_op().then(|| grad.t()?.matmul(&x.reshape(((), d))?)).transpose()?;
+        let weight_grad = weight.track_op().then(|| grad.t()?.matmul(&x.reshape(((), d))?)).transpose()?;
         let sum_rows = || Tensor::ones((1, grad.dim(0)?), grad.dtype(), grad.device())?.matmul(&grad)?.reshape(e);
         let bias_grad = bias.track_op().then(sum_rows).transpose()?;
         Ok((x_grad, weight_grad, bias_grad))

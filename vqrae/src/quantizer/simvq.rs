@@ -227,8 +227,10 @@ fn straight_through(projected: &Tensor, codes: &Tensor) -> Result<Tensor> {
     codes.detach() + (projected - projected.detach())?
 }
 
-/// Rows divided by their length; a zero row stays zero.
+/// Rows divided by their length; a zero row stays zero. The bound stands under the root, whose gradient at zero is
+/// infinite.
 fn unit(x: &Tensor) -> Result<Tensor> {
-    let length = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
-    x.broadcast_div(&length.maximum(1e-12)?)
+    const SMALLEST: f64 = 1e-12;
+    let square = x.sqr()?.sum_keepdim(D::Minus1)?.maximum(SMALLEST * SMALLEST)?;
+    x.broadcast_div(&square.sqrt()?)
 }

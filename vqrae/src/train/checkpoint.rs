@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::weights::{self, Tensors};
 
 /// What a checkpoint says about itself, in `state.json`.
@@ -46,7 +47,8 @@ pub fn write(run: &Path, state: &State, model: &Tensors, optimizer: &Tensors, ke
     weights::write(&temporary.path().join(MODEL), model, HashMap::new())?;
     weights::write(&temporary.path().join(OPTIMIZER), optimizer, HashMap::new())?;
     let text = serde_json::to_string_pretty(state).map_err(|e| Error::config(folder.join(STATE), e))?;
-    weights::write_whole(&temporary.path().join(STATE), text.as_bytes())?;
+    let path = temporary.path().join(STATE);
+    files::write_whole(&path, text.as_bytes()).map_err(Error::io(&path))?;
     let target = folder.join(format!("step-{:08}", state.step));
     if target.exists() {
         std::fs::remove_dir_all(&target).map_err(Error::io(&target))?;

@@ -169,7 +169,9 @@ impl Config {
         if train.batch_size == 0 || train.batch_size > 1 << 16 {
             return Err(format!("train.batch_size is {}, expected: 1 to 65536", train.batch_size));
         }
-        for (name, rate) in [("encoder", self.groups.encoder), ("quantizer", self.groups.quantizer), ("decoder", self.groups.decoder)] {
+        for (name, rate) in
+            [("encoder", self.groups.encoder), ("quantizer", self.groups.quantizer), ("decoder", self.groups.decoder)]
+        {
             if !(rate.peak.is_finite() && rate.end.is_finite() && rate.peak >= 0.0 && rate.end >= 0.0) {
                 return Err(format!("groups.{name}: rates must be 0 or more, got: {} and {}", rate.peak, rate.end));
             }
@@ -209,7 +211,15 @@ impl Config {
                 let note = |text: &str| {
                     let _ = tell(Event::Note(text));
                 };
-                start::principal_components(&mut tensors, &config, start, photos, &preprocessor, self.train.seed, note)?;
+                start::principal_components(
+                    &mut tensors,
+                    &config,
+                    start,
+                    photos,
+                    &preprocessor,
+                    self.train.seed,
+                    note,
+                )?;
                 tensors
             }
         };

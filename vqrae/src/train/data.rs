@@ -69,7 +69,9 @@ impl Photos {
         let Some(tar) = &self.tar else { return Ok(image::open(&path, &Limits::default())?) };
         let mut bytes = vec![0; entry.range.1 as usize];
         let mut file = tar.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        file.seek(SeekFrom::Start(entry.range.0)).and_then(|_| file.read_exact(&mut bytes)).map_err(Error::io(&path))?;
+        file.seek(SeekFrom::Start(entry.range.0))
+            .and_then(|_| file.read_exact(&mut bytes))
+            .map_err(Error::io(&path))?;
         drop(file);
         image::decode(&bytes, &Limits::default()).map_err(|kind| self.unusable(index, kind))
     }

@@ -25,10 +25,11 @@ use candle_nn::VarBuilder;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::image::{Preprocessor, ResizeMode, Rgb};
 use crate::metrics::{self, CodeCounts};
 use crate::model::{self, Network};
-use crate::weights::{self, Tensors};
+use crate::weights::Tensors;
 use checkpoint::State;
 use data::{Crops, Photos, Skipped};
 use loss::Terms;
@@ -92,7 +93,14 @@ pub struct ValidationLog {
 ///
 /// # Errors
 /// A config that makes no sense, photos that cannot be read, a checkpoint of another config, a loss that is not finite.
-pub fn run(config: &Config, train: &Path, validation: Option<&Path>, output: &Path, resume: bool, tell: Observer) -> Result<()> {
+pub fn run(
+    config: &Config,
+    train: &Path,
+    validation: Option<&Path>,
+    output: &Path,
+    resume: bool,
+    tell: Observer,
+) -> Result<()> {
     let photos = Photos::list(train)?;
     let validation = validation.map(Photos::list).transpose()?;
     std::fs::create_dir_all(output).map_err(Error::io(output))?;
@@ -197,7 +205,8 @@ impl<'a> Trainer<'a> {
             optimizer.load_state(moments)?;
         }
         let text = toml::to_string_pretty(config).map_err(|e| Error::config("config.toml", e))?;
-        weights::write_whole(&output.join("config.toml"), text.as_bytes())?;
+        let path = output.join("config.toml");
+        files::write_whole(&path, text.as_bytes()).map_err(Error::io(&path))?;
         trim_log(&output.join("log.jsonl"), state.step)?;
         let since = Since::now(model.quantizer.codebook_size());
         Ok(Self { config, output, preprocessor, network, parameters, frozen, optimizer, state, since })
@@ -212,7 +221,13 @@ impl<'a> Trainer<'a> {
         let frozen: usize = self.frozen.values().map(Tensor::elem_count).sum();
         let train = &self.config.train;
         let lines = [
-            format!("photos {}, batch {}, steps {} to {}", photos.len(), train.batch_size, self.state.step, train.steps),
+            format!(
+                "photos {}, batch {}, steps {} to {}",
+                photos.len(),
+                train.batch_size,
+                self.state.step,
+                train.steps
+            ),
             format!("trained {} (weight decay on {decayed}), frozen {frozen}", decayed + spared),
         ];
         for line in &lines {
@@ -273,7 +288,8 @@ impl<'a> Trainer<'a> {
             gradient_norm,
             rates,
             images_per_step: self.config.train.batch_size,
-            images_per_second: (since.steps * self.config.train.batch_size) as f64 / since.begin.elapsed().as_secs_f64(),
+            images_per_second: (since.steps * self.config.train.batch_size) as f64
+                / since.begin.elapsed().as_secs_f64(),
         }
     }
 
@@ -366,10 +382,9 @@ fn other_config(old: &serde_json::Value, new: &serde_json::Value) -> Error {
 
 fn difference(old: &serde_json::Value, new: &serde_json::Value, at: String) -> Option<String> {
     match (old.as_object(), new.as_object()) {
-        (Some(a), Some(b)) => a
-            .keys()
-            .chain(b.keys())
-            .find_map(|key| difference(&old[key], &new[key], format!("{at}.{key}").trim_start_matches('.').to_string())),
+        (Some(a), Some(b)) => a.keys().chain(b.keys()).find_map(|key| {
+            difference(&old[key], &new[key], format!("{at}.{key}").trim_start_matches('.').to_string())
+        }),
         _ => (old != new).then_some(at),
     }
 }
@@ -397,5 +412,5 @@ fn trim_log(path: &Path, step: usize) -> Result<()> {
         step > 0 && parsed["step"].as_u64().is_some_and(|s| s as usize <= step)
     };
     let lines: String = text.lines().filter(kept).map(|line| format!("{line}\n")).collect();
-    weights::write_whole(path, lines.as_bytes())
+    files::write_whole(path, lines.as_bytes()).map_err(Error::io(path))
 }

@@ -107,7 +107,11 @@ impl AdamW {
                 let key = format!("{part}.{name}");
                 let tensor = tensors.remove(&key).ok_or_else(|| wrong(format!("the moments `{key}` are missing")))?;
                 if tensor.elem_count() != values.len() {
-                    return Err(wrong(format!("`{key}` has {} values, expected: {}", tensor.elem_count(), values.len())));
+                    return Err(wrong(format!(
+                        "`{key}` has {} values, expected: {}",
+                        tensor.elem_count(),
+                        values.len()
+                    )));
                 }
                 *values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
             }

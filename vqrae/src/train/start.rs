@@ -186,7 +186,11 @@ impl Basis {
         order.sort_by(|&a, &b| values[b].total_cmp(&values[a]));
         Ok(Self {
             mean: mean.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?,
-            vectors: order.iter().flat_map(|&i| (0..pixels).map(move |j| (i, j))).map(|(i, j)| vectors[j * pixels + i]).collect(),
+            vectors: order
+                .iter()
+                .flat_map(|&i| (0..pixels).map(move |j| (i, j)))
+                .map(|(i, j)| vectors[j * pixels + i])
+                .collect(),
             deviations: order.iter().map(|&i| values[i].max(0.0).sqrt()).collect(),
         })
     }
