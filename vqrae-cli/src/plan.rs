@@ -115,7 +115,7 @@ pub(crate) struct InputArgs {
     /// Folder to write to
     #[arg(short, long, alias = "output_folder", alias = "output-folder", value_name = "OUT")]
     pub(crate) output: PathBuf,
-    /// Images that go through the model at once; changes the speed, not the result
+    /// Images that go through the model at once; in f32 on the CPU it changes the speed, never the result
     #[arg(long, alias = "batch_size", default_value = "16", value_name = "N")]
     batch_size: NonZeroUsize,
     /// Threads that decode images ahead of the model; by default as many as there are cores

@@ -1,14 +1,14 @@
 //! Images a second from normalised pixels to codes and from codes to pixels, and the memory that it takes.
 //!
 //! ```text
-//! cargo bench -p vqrae --bench throughput -- [--shape shipped|siglip-l] [--batch B] [--rounds R] [--export FOLDER]
+//! cargo bench -p vqrae --bench throughput -- [--shape shipped|siglip-l|siglip-l-stock] [--batch B] [--rounds R] [--export FOLDER]
 //! ```
-//! One JSON line a run. `--export` also writes the model folder, for a peer to read; `benches/peers.py` does that.
+//! `siglip-l-stock` runs the encoder on candle-transformers' SigLIP. One JSON line a run. `--export` also writes the model folder, for a peer to read; `benches/peers.py` does that.
 
 use std::path::PathBuf;
 use std::time::Instant;
 
-use vqrae::encoder::SiglipConfig;
+use vqrae::encoder::{Backend, SiglipConfig};
 use vqrae::image::{Preprocessor, Resample};
 use vqrae::quantizer::{self, SimVqConfig};
 use vqrae::weights::Tensors;
@@ -60,8 +60,9 @@ fn load(shape: &str, export: Option<PathBuf>) -> Outcome<Vqrae> {
     let preprocessor = Preprocessor::siglip(256, Resample::Bicubic);
     let config = match shape {
         "shipped" => return Ok(Vqrae::from_pretrained(shipped, &Device::Cpu, DType::F32)?),
-        "siglip-l" => siglip_large(),
-        other => return Err(format!("--shape {other}: expected: shipped or siglip-l").into()),
+        "siglip-l" => siglip_large(Backend::Vit),
+        "siglip-l-stock" => siglip_large(Backend::CandleTransformers),
+        other => return Err(format!("--shape {other}: expected: shipped, siglip-l or siglip-l-stock").into()),
     };
     let tensors = model::fresh_tensors(&config, Tensors::new(), 0)?;
     if let Some(folder) = export {
@@ -71,13 +72,14 @@ fn load(shape: &str, export: Option<PathBuf>) -> Outcome<Vqrae> {
 }
 
 /// SigLIP-L/16 at 256 px with the paper's quantizer and a symmetric decoder, random weights.
-fn siglip_large() -> Config {
+fn siglip_large(backend: Backend) -> Config {
     let encoder = SiglipConfig {
         hidden_size: 1024,
         intermediate_size: 4096,
         num_hidden_layers: 24,
         num_attention_heads: 16,
         image_size: 256,
+        backend,
         ..SiglipConfig::default()
     };
     let quantizer = quantizer::Config::SimVq(SimVqConfig::default());
