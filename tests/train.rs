@@ -165,6 +165,27 @@ fn a_run_that_was_killed_ends_with_the_same_bits() {
     assert_eq!(validation(&bench.log("whole")), validation(&bench.log("killed")));
 }
 
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_writes_a_checkpoint_and_goes_on_to_the_same_bits() {
+    let bench = Bench::new();
+    let long = ["--set", "train.steps=300", "--set", "train.checkpoint_every=0", "--set", "train.validate_every=0"];
+    succeeds(&bench.train("whole", &long));
+
+    let mut child = bench.command("cut", &long).stderr(Stdio::null()).spawn().expect("the binary");
+    let (log, begin) = (bench.path("cut/log.jsonl"), Instant::now());
+    let lines = || std::fs::read_to_string(&log).unwrap_or_default().lines().count();
+    while lines() < 3 && begin.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let signal = Command::new("kill").arg("-INT").arg(child.id().to_string()).status().expect("kill");
+    assert!(signal.success());
+    assert_eq!(child.wait().expect("its end").code(), Some(130));
+    assert_eq!(std::fs::read_dir(bench.path("cut/checkpoints")).expect("checkpoints").count(), 1);
+    succeeds(&bench.train("cut", &long));
+    assert!(bench.checkpoint("whole", 300) == bench.checkpoint("cut", 300), "the weights differ");
+}
+
 #[test]
 fn a_half_written_checkpoint_is_not_one() {
     let bench = Bench::new();

@@ -10,6 +10,8 @@
 //!    survivors in binary64. The N × K score matrix never exists.
 //! 3. [`Codebook::nearest_reference`] is the contract as a plain loop; every test compares with it.
 //!
+//! [`matrix`] is the matrix product that everything on the CPU shares.
+//!
 //! The crate works on slices. It knows nothing of tensors, devices, models or gradients.
 //!
 //! # Shapes
@@ -30,6 +32,7 @@
 //! ```
 
 mod error;
+pub mod matrix;
 pub mod nearest;
 
 pub use error::Error;

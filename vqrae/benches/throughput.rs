@@ -64,7 +64,7 @@ fn load(shape: &str, export: Option<PathBuf>) -> Outcome<Vqrae> {
         "siglip-l-stock" => siglip_large(Backend::CandleTransformers),
         other => return Err(format!("--shape {other}: expected: shipped, siglip-l or siglip-l-stock").into()),
     };
-    let tensors = model::fresh_tensors(&config, Tensors::new(), 0)?;
+    let tensors = model::fresh_tensors(&siglip_large(Backend::Vit), Tensors::new(), 0)?;
     if let Some(folder) = export {
         model::save(&folder, &config, &preprocessor, &tensors)?;
     }

@@ -48,10 +48,10 @@
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
 
 use super::simd::Simd;
+use crate::matrix::{self, Into, View};
 
 /// Codes per tile: with [`MAX_BLOCK`] tokens, 512 KiB of scores, which stay in a core's cache.
 const TILE: usize = 512;
@@ -372,33 +372,8 @@ fn floor_to_f32(x: f64) -> f32 {
 fn multiply(tile: &[f32], z: &[f32], width: usize, scores: &mut [f32]) {
     let (columns, tokens) = (tile.len() / width, z.len() / width);
     assert_eq!((columns * width, tokens * width, columns * tokens), (tile.len(), z.len(), scores.len()));
-    // The GEMM's rows are the codes, because it is fastest along the contiguous axis of its output.
-    // Each pointer is followed by its column stride and its row stride.
-    // SAFETY: the assertion gives each pointer the elements its strides reach, an allocation's length fits
-    // isize, and the scores are borrowed mutably, so they alias neither input.
-    unsafe {
-        gemm(
-            columns,
-            tokens,
-            width,
-            scores.as_mut_ptr(),
-            columns as isize,
-            1,
-            false,
-            tile.as_ptr(),
-            columns as isize,
-            1,
-            z.as_ptr(),
-            width as isize,
-            1,
-            0.0,
-            1.0,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
-    }
+    let tile = View::new(tile, width, columns, columns);
+    matrix::multiply(scores, columns, View::new(z, tokens, width, width), tile, 1.0, Into::Replace);
 }
 
 #[cfg(test)]

@@ -59,6 +59,7 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
     let mut tell = |event: Event| {
         match event {
             Event::Note(text) => report::say(text),
+            Event::Tick => stopped = interrupted(),
             Event::Step(log) => {
                 report::say(&step_line(log));
                 stopped = interrupted() && log.step < log.steps;
@@ -90,8 +91,10 @@ fn show(sheet: &Path, pairs: &[(vqrae::image::Rgb, vqrae::image::Rgb)]) {
 }
 
 fn step_line(log: &StepLog) -> String {
+    let left = (log.steps - log.step) * log.images_per_step;
+    let minutes = left as f64 / log.images_per_second / 60.0;
     format!(
-        "step {}/{}  loss {:.4}  PSNR {:.2} dB  codes in use {:.1} %  perplexity {:.0}  gradient {:.3}  {:.1} images/s",
+        "step {}/{}  loss {:.4}  PSNR {:.2} dB  codes in use {:.1} %  perplexity {:.0}  gradient {:.3}  {:.1} images/s  {minutes:.0} min left",
         log.step,
         log.steps,
         log.loss,

@@ -2,8 +2,8 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
+use vqrae_kernels::matrix::{Into, View, multiply};
 
-use super::matrix::{Into, View, multiply};
 use super::vector::{exp, max, sum, vectorised};
 
 /// Queries whose scores are held at a time.

@@ -3,8 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use candle_nn::{Init, VarBuilder};
 use rayon::prelude::*;
-
-use super::matrix::{Into, View, multiply};
+use vqrae_kernels::matrix::{Into, View, multiply};
 
 /// Tokens of one image that one piece of work covers: enough to keep the processor's matrix loop busy (64 reached the
 /// rate of 1,024 where it was measured), few enough that one image occupies several threads.

@@ -14,7 +14,6 @@ pub mod composed;
 mod gelu;
 mod layer_norm;
 mod linear;
-mod matrix;
 mod vector;
 
 pub use attention::attention;

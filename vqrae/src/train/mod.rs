@@ -40,7 +40,9 @@ use optimizer::AdamW;
 pub enum Event<'a> {
     /// Something a person may want to know.
     Note(&'a str),
-    /// A line of the log.
+    /// A step is done; a chance to end the run.
+    Tick,
+    /// A step is done and a line of the log is due.
     Step(&'a StepLog),
     /// A validation, with the first photos and their reconstructions.
     Validation(&'a ValidationLog, &'a [(Rgb, Rgb)]),
@@ -120,7 +122,7 @@ pub fn run(
             let (pixels, skipped) = batches.recv().map_err(|_| Error::Training("the photos ended".into()))??;
             let log = trainer.step(step, pixels, &skipped, tell)?;
             let due = |every: usize| (every > 0 && (step + 1).is_multiple_of(every)) || step + 1 == steps;
-            let stop = log.is_some_and(|log| tell(Event::Step(&log)).is_break());
+            let stop = tell(log.as_ref().map_or(Event::Tick, Event::Step)).is_break();
             if due(config.train.validate_every) {
                 trainer.validate(validation.as_ref(), tell)?;
             }

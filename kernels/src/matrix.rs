@@ -1,8 +1,10 @@
 //! One matrix product on one thread, over views with strides: the safe face of the `gemm` crate.
+//!
+//! It stands here rather than beside its users because `gemm` is compiled anew in every crate that calls it.
 
 /// A view of a row-major matrix inside a slice: element (i, j) stands at `i * row_stride + j * column_stride`.
-#[derive(Clone, Copy)]
-pub(super) struct View<'a> {
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
     data: &'a [f32],
     rows: usize,
     columns: usize,
@@ -12,12 +14,14 @@ pub(super) struct View<'a> {
 
 impl<'a> View<'a> {
     /// `rows × columns` starting at `data[0]`, rows `row_stride` apart.
-    pub(super) fn new(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+    #[must_use]
+    pub fn new(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
         Self { data, rows, columns, row_stride, column_stride: 1 }
     }
 
     /// The transposed view.
-    pub(super) fn t(self) -> Self {
+    #[must_use]
+    pub fn t(self) -> Self {
         Self {
             data: self.data,
             rows: self.columns,
@@ -33,8 +37,8 @@ impl<'a> View<'a> {
 }
 
 /// What happens to the elements that the destination holds.
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum Into {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Into {
     /// They are replaced.
     Replace,
     /// The product is added to them.
@@ -45,7 +49,7 @@ pub(super) enum Into {
 ///
 /// # Panics
 /// When a view reaches outside its slice or the shapes do not fit: a bug in the caller, not in the input.
-pub(super) fn multiply(out: &mut [f32], row_stride: usize, a: View, b: View, scale: f32, into: Into) {
+pub fn multiply(out: &mut [f32], row_stride: usize, a: View, b: View, scale: f32, into: Into) {
     let (m, k, n) = (a.rows, a.columns, b.columns);
     assert_eq!(k, b.rows);
     if m == 0 || n == 0 || k == 0 {
