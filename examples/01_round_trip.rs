@@ -1,6 +1,6 @@
 //! Photo → codes → photo, with the calls that a generator would make.
 //!
-//! `cargo run --release -p vqrae-examples --example 01_round_trip [PHOTO] [OUTPUT.png]`
+//! `cargo run --release --example 01_round_trip -- [PHOTO] [OUTPUT.png]`
 
 use std::path::PathBuf;
 
