@@ -219,6 +219,20 @@ fn a_frozen_encoder_keeps_its_bits_and_the_rest_learns() {
 }
 
 #[test]
+fn a_run_may_start_from_a_model_folder_and_take_its_config() {
+    let bench = Bench::new();
+    succeeds(&bench.train("first", &["--set", "train.steps=2"]));
+    let rest = &CONFIG[CONFIG.find("[train]").expect("train")..CONFIG.find("[model.encoder]").expect("model")];
+    let start = format!("[start]\nfrom = \"folder\"\npath = {:?}\n{rest}", bench.path("first/model"));
+    std::fs::write(bench.path("config.toml"), start).expect("a config");
+    succeeds(&bench.train("second", &["--set", "train.steps=2", "--set", "groups.encoder={peak=0, end=0}"]));
+    let (first, second) = (validation(&bench.log("first")), validation(&bench.log("second")));
+    assert_eq!(first.last(), second.first(), "the second starts where the first ended");
+    let other = bench.train("third", &["--set", "start.path=nowhere"]);
+    fails_with(&other, &["nowhere", "config.json"]);
+}
+
+#[test]
 fn a_config_with_an_unknown_key_is_refused_by_its_name() {
     let bench = Bench::new();
     fails_with(&bench.train("run", &["--set", "train.stepz=3"]), &["stepz", "config.toml"]);

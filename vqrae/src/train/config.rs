@@ -32,7 +32,7 @@ pub struct Config {
     pub optimizer: optimizer::Config,
     /// Learning rates.
     pub groups: Groups,
-    /// The model; not needed when it starts from a folder.
+    /// The model; when it starts from a folder and this section is missing, the folder's.
     pub model: Model,
 }
 
@@ -40,7 +40,8 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "from", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Start {
-    /// A model folder, as `init` makes it of a pretrained encoder; `model` must say the same as its `config.json`.
+    /// A model folder, as `init` makes it of a pretrained encoder; a `model` section must say the same as its
+    /// `config.json`.
     Folder {
         /// The folder.
         path: PathBuf,
@@ -65,6 +66,13 @@ pub struct Model {
 }
 
 impl Model {
+    fn of_folder(folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let model::Config { encoder, quantizer, decoder, .. } = model::Config::from_json(&text, &path)?;
+        Ok(Self { encoder, quantizer, decoder })
+    }
+
     /// As `config.json` has it.
     pub fn config(&self) -> model::Config {
         model::Config::new(self.encoder.clone(), self.quantizer.clone(), self.decoder.clone())
@@ -158,6 +166,10 @@ impl Config {
         for wish in overrides {
             set(&mut table, wish).map_err(|reason| Error::config(path, reason))?;
         }
+        if let (false, Some(folder)) = (table.contains_key("model"), start_folder(&table)) {
+            let model = toml::Value::try_from(Model::of_folder(&folder)?).map_err(|e| Error::config(path, e))?;
+            table.insert("model".to_string(), model);
+        }
         let config: Self = toml::Value::Table(table).try_into().map_err(|e| Error::config(path, e))?;
         config.check().map_err(|reason| Error::config(path, reason))?;
         Ok(config)
@@ -194,8 +206,7 @@ impl Config {
         let mut preprocessor = Preprocessor::siglip(siglip.image_size, Resample::Bicubic);
         preprocessor.resize_mode = self.train.resize_mode;
         if let Start::Folder { path } = &self.start {
-            let theirs = std::fs::read_to_string(path.join("config.json")).map_err(Error::io(path))?;
-            if model::Config::from_json(&theirs, path)? != config {
+            if Model::of_folder(path)? != self.model {
                 return Err(Error::config(path, "its config.json differs from the run's [model] section"));
             }
             preprocessor = Preprocessor::from_file(&path.join("preprocessor_config.json"))?;
@@ -225,6 +236,12 @@ impl Config {
         };
         Ok((config, preprocessor, tensors))
     }
+}
+
+fn start_folder(table: &toml::Table) -> Option<PathBuf> {
+    let start = table.get("start")?;
+    let folder = start.get("from")?.as_str()? == "folder";
+    folder.then(|| start.get("path")?.as_str().map(PathBuf::from))?
 }
 
 /// Applies `a.b.c=value`; the value is TOML, or a bare word.
