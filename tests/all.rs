@@ -5,6 +5,7 @@ mod compare;
 mod folders;
 mod gradients;
 mod image;
+mod inference;
 mod invariance;
 mod model;
 mod ops;

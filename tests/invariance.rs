@@ -9,8 +9,8 @@ use vqrae::{Config, DType, Device, Tensor, Vqrae};
 
 use crate::compare::{assert_same_bits, noise};
 
-/// A model whose 144 tokens fill neither one block of queries (128) nor a whole number of token pieces (64).
-fn model(metric: &str) -> Vqrae {
+/// A model whose 144 and 153 tokens fill no whole number of blocks of rows (96), strips (6, 32) or panels (16).
+fn model(metric: &str, dtype: DType) -> Vqrae {
     let config = format!(
         r#"{{"model_type":"vqrae","format":1,
         "encoder":{{"model_type":"siglip_vision_model","hidden_size":144,"intermediate_size":200,"num_hidden_layers":2,
@@ -25,7 +25,7 @@ fn model(metric: &str) -> Vqrae {
         *tensor = (&*tensor * 4.0).unwrap();
     }
     let preprocessor = Preprocessor::siglip(96, Resample::Bicubic);
-    Vqrae::new(config, preprocessor, tensors, path, &Device::Cpu, DType::F32).unwrap()
+    Vqrae::new(config, preprocessor, tensors, path, &Device::Cpu, dtype).unwrap()
 }
 
 /// Features, indices and the decoded image.
@@ -49,8 +49,8 @@ fn batches() -> [Tensor; 2] {
 
 #[test]
 fn an_image_alone_and_in_a_batch_of_five_gives_the_same_bits() {
-    for metric in ["euclidean", "cosine"] {
-        let model = model(metric);
+    for (metric, dtype) in [("euclidean", DType::F32), ("cosine", DType::F32), ("euclidean", DType::BF16)] {
+        let model = model(metric, dtype);
         for batch in batches() {
             let together = all_stages(&model, &batch);
             let mut used = together[1].flatten_all().unwrap().to_vec1::<u32>().unwrap();
@@ -70,12 +70,13 @@ fn an_image_alone_and_in_a_batch_of_five_gives_the_same_bits() {
 
 #[test]
 fn one_thread_and_more_give_the_same_bits() {
-    for batch in batches() {
-        let run = |threads| on_threads(threads, || all_stages(&model("euclidean"), &batch));
+    for (batch, dtype) in batches().iter().flat_map(|batch| [(batch, DType::F32), (batch, DType::BF16)]) {
+        let run = |threads| on_threads(threads, || all_stages(&model("euclidean", dtype), batch));
         let one = run(1);
         for threads in [2, 3] {
             for ((stage, got), expected) in STAGES.iter().zip(&run(threads)).zip(&one) {
-                assert_same_bits(&format!("{stage} on {threads} threads of {:?}", batch.dims()), got, expected);
+                let what = format!("{stage} on {threads} threads of {:?} in {}", batch.dims(), dtype.as_str());
+                assert_same_bits(&what, got, expected);
             }
         }
     }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use vqrae::encoder::{self, Backend, Encoder, Features, Siglip};
-use vqrae::weights::{self, Loader};
+use vqrae::weights::{self, Loader, Store};
 use vqrae::{DType, Device, Tensor};
 
 use crate::compare::{PARITY, Tolerance, assert_close, fixture, say, tensors_of};
@@ -20,7 +20,7 @@ fn load(folder: &Path, backend: Backend, features: Features) -> Encoder {
     if features == Features::BeforeNorm {
         tensors.retain(|name, _| !name.contains("post_layernorm"));
     }
-    let loader = Loader::new(tensors, folder);
+    let loader = Loader::new(Store::of_tensors(tensors, folder));
     let vb = loader.builder(DType::F32, &Device::Cpu).pp("encoder");
     loader.finish(Encoder::load(vb, &encoder::Config::Siglip(config))).unwrap_or_else(|error| panic!("{error}"))
 }
@@ -89,7 +89,7 @@ fn half_precision_stays_within_its_own_rounding() {
     let folder = fixture("siglip/tiny");
     let reference = reference(&folder, OWN_GRID);
     let (config, tensors) = weights::siglip(&folder).unwrap();
-    let loader = Loader::new(tensors, &folder);
+    let loader = Loader::new(Store::of_tensors(tensors, &folder));
     let vb = loader.builder(DType::BF16, &Device::Cpu).pp("encoder");
     let encoder = loader.finish(Encoder::load(vb, &encoder::Config::Siglip(config))).unwrap();
     let got = encoder.forward(&reference["pixel_values"]).unwrap();

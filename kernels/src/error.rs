@@ -1,4 +1,6 @@
-/// What a codebook or a token array was refused for.
+use crate::cpu::VARIABLE;
+
+/// What was refused, and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -33,5 +35,13 @@ pub enum Error {
     NonFiniteToken {
         /// The first such row.
         row: usize,
+    },
+    /// `VQRAE_CPU` names instructions that this machine has not.
+    #[error("{VARIABLE}: instructions `{name}`, expected one of those this machine has: {available}")]
+    NoSuchInstructions {
+        /// The name given.
+        name: String,
+        /// The names that would do.
+        available: String,
     },
 }

@@ -10,7 +10,8 @@
 //!    survivors in binary64. The N × K score matrix never exists.
 //! 3. [`Codebook::nearest_reference`] is the contract as a plain loop; every test compares with it.
 //!
-//! [`matrix`] is the matrix product that everything on the CPU shares.
+//! [`cpu`] is the transformer for inference on a processor: products against packed weights in bf16 or f32 on the best
+//! instructions at hand. [`matrix`] is the plain matrix product of everything else, and [`vector`] its loops.
 //!
 //! The crate works on slices. It knows nothing of tensors, devices, models or gradients.
 //!
@@ -31,9 +32,11 @@
 //! # Ok::<(), vqrae_kernels::Error>(())
 //! ```
 
+pub mod cpu;
 mod error;
 pub mod matrix;
 pub mod nearest;
+pub mod vector;
 
 pub use error::Error;
 pub use nearest::{Codebook, Metric, Stats};

@@ -74,28 +74,40 @@ impl Sizes {
     }
 }
 
+/// What stands around the blocks of a decoder.
+#[derive(Debug, Clone)]
+pub(crate) struct Surroundings {
+    pub(crate) position_embedding: Positions,
+    pub(crate) final_layernorm: Option<LayerNorm>,
+    pub(crate) head: Linear,
+}
+
+impl Surroundings {
+    /// Loads `position_embedding`, `post_layernorm` and `head`.
+    pub(crate) fn load(vb: &VarBuilder, sizes: &Sizes) -> Result<Self> {
+        let d = sizes.vit.width;
+        let norm = || LayerNorm::load(vb.pp("post_layernorm"), d, sizes.vit.layer_norm_eps);
+        Ok(Self {
+            position_embedding: Positions::load(vb.pp("position_embedding"), sizes.grid, d)?,
+            final_layernorm: sizes.final_norm.then(norm).transpose()?,
+            head: Linear::load(vb.pp("head"), d, sizes.patch * sizes.patch * 3)?,
+        })
+    }
+}
+
 /// The decoder with its weights.
 #[derive(Debug, Clone)]
 pub struct Decoder {
-    position_embedding: Positions,
+    surroundings: Surroundings,
     layers: Vit,
-    final_layernorm: Option<LayerNorm>,
-    head: Linear,
     patch: usize,
 }
 
 impl Decoder {
     /// Loads `position_embedding`, `layers.N`, `post_layernorm` and `head`.
     pub fn load(vb: VarBuilder, sizes: &Sizes) -> Result<Self> {
-        let d = sizes.vit.width;
-        let norm = || LayerNorm::load(vb.pp("post_layernorm"), d, sizes.vit.layer_norm_eps);
-        Ok(Self {
-            position_embedding: Positions::load(vb.pp("position_embedding"), sizes.grid, d)?,
-            layers: Vit::load(vb.clone(), &sizes.vit)?,
-            final_layernorm: sizes.final_norm.then(norm).transpose()?,
-            head: Linear::load(vb.pp("head"), d, sizes.patch * sizes.patch * 3)?,
-            patch: sizes.patch,
-        })
+        let surroundings = Surroundings::load(&vb, sizes)?;
+        Ok(Self { surroundings, layers: Vit::load(vb, &sizes.vit)?, patch: sizes.patch })
     }
 
     /// Tokens of a grid to pixels, in the normalised range of the encoder's input.
@@ -104,11 +116,12 @@ impl Decoder {
     /// - tokens: `[B, h·w, D]`
     /// - output: `[B, 3, h·P', w·P']`, P' the output patch
     pub fn forward(&self, tokens: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
-        let x = self.layers.forward(&self.position_embedding.add(tokens, grid)?)?;
-        let x = match &self.final_layernorm {
+        let Surroundings { position_embedding, final_layernorm, head } = &self.surroundings;
+        let x = self.layers.forward(&position_embedding.add(tokens, grid)?)?;
+        let x = match final_layernorm {
             Some(norm) => norm.forward(&x)?,
             None => x,
         };
-        vit::unpatchify(&self.head.forward(&x)?, grid, self.patch)
+        vit::unpatchify(&head.forward(&x)?, grid, self.patch)
     }
 }

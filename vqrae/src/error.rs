@@ -58,10 +58,16 @@ pub enum Error {
         /// The id of the model that was asked to decode them.
         model: String,
     },
+    /// The CPU computes in f32 and bf16 alone.
+    #[error("{dtype} is not a number format that the CPU computes in; use f32 or bf16")]
+    Dtype {
+        /// The format asked for.
+        dtype: &'static str,
+    },
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
-    /// The nearest-code search refused its input.
+    /// A kernel refused its input.
     #[error(transparent)]
     Kernel(#[from] vqrae_kernels::Error),
     /// Training cannot go on.

@@ -40,6 +40,7 @@ pub mod encoder;
 pub mod error;
 mod files;
 pub mod image;
+mod inference;
 pub mod metrics;
 pub mod model;
 pub mod ops;
@@ -50,4 +51,4 @@ pub mod weights;
 
 pub use candle_core::{DType, Device, Tensor};
 pub use error::{Error, Result};
-pub use model::{Config, InitReport, Network, Vqrae, init};
+pub use model::{Config, InitReport, Network, Vqrae, auto_dtype, init};

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -12,8 +13,10 @@ use crate::encoder::{self, Encoder};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::image::Preprocessor;
+use crate::inference::{self, Inference};
 use crate::quantizer::{self, Quantized, Quantizer};
-use crate::weights::{self, Fresh, Loader, Tensors};
+use crate::weights::{self, Fresh, Loader, Store, Tensors};
+use vqrae_kernels::cpu::{Bf16, Isa};
 
 /// The file that a model folder keeps its [`Config`] in.
 const CONFIG: &str = "config.json";
@@ -113,21 +116,48 @@ impl Network {
 }
 
 /// A VQRAE, ready to turn images into codes and codes into images.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Vqrae {
-    network: Network,
+    stages: Stages,
     config: Config,
     preprocessor: Preprocessor,
     id: String,
     parameters: usize,
     device: Device,
     dtype: DType,
+    precision: String,
+}
+
+/// What computes.
+#[derive(Clone)]
+enum Stages {
+    /// Packed weights on the CPU.
+    Packed(Arc<dyn Inference>),
+    /// Tensor operations: any device, and candle-transformers' encoder.
+    Tensors(Arc<Network>),
+}
+
+impl std::fmt::Debug for Vqrae {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vqrae").field("id", &self.id).field("precision", &self.precision).finish_non_exhaustive()
+    }
+}
+
+/// The number format that suits a device: bf16 where its instructions multiply bf16 numbers faster than f32 ones (a CUDA
+/// device; a CPU with AVX512-BF16 or AMX), f32 elsewhere.
+///
+/// # Errors
+/// If the environment variable `VQRAE_CPU` names instructions that this machine has not.
+pub fn auto_dtype(device: &Device) -> Result<DType> {
+    let fast = !device.is_cpu() || Isa::detect()?.has_bf16();
+    Ok(if fast { DType::BF16 } else { DType::F32 })
 }
 
 impl Vqrae {
     /// Loads a model folder: `config.json`, `preprocessor_config.json`, `model.safetensors`.
     ///
-    /// `dtype` is what encoder and decoder compute in; the quantizer is always f32.
+    /// `dtype` is what products are computed in, f32 or bf16 ([`auto_dtype`] suggests one); sums are always f32, and the
+    /// search for the nearest code is exact. Weights are mapped into memory; what a stage is not asked for is not loaded.
     ///
     /// # Errors
     /// A missing or broken file, a config that makes no sense, or tensors that are missing, left over or misshapen: the
@@ -140,7 +170,7 @@ impl Vqrae {
         };
         let config = Config::from_json(&read(CONFIG)?, &folder.join(CONFIG))?;
         let preprocessor = Preprocessor::from_file(&folder.join(PREPROCESSOR))?;
-        Self::new(config, preprocessor, weights::read(folder)?, &folder.join(weights::FILE), device, dtype)
+        Self::of_store(config, preprocessor, Store::open(folder)?, device, dtype)
     }
 
     /// The model that ships with this library; see `weights/README.md` for what it is and what it is not.
@@ -151,11 +181,10 @@ impl Vqrae {
         let config = include_str!("../../weights/vqrae-small/config.json");
         let preprocessor = include_str!("../../weights/vqrae-small/preprocessor_config.json");
         let tensors = include_bytes!("../../weights/vqrae-small/model.safetensors");
-        Self::new(
+        Self::of_store(
             Config::from_json(config, &path(CONFIG))?,
             Preprocessor::from_json(preprocessor).map_err(|e| Error::config(path(PREPROCESSOR), e))?,
-            weights::read_bytes(tensors, &path(weights::FILE))?,
-            &path(weights::FILE),
+            Store::of_bytes(tensors, &path(weights::FILE))?,
             device,
             dtype,
         )
@@ -170,11 +199,23 @@ impl Vqrae {
         device: &Device,
         dtype: DType,
     ) -> Result<Self> {
-        let id = id(&config, &preprocessor, &tensors)?;
-        let parameters = tensors.values().map(Tensor::elem_count).sum();
-        let loader = Loader::new(tensors, path);
-        let network = loader.finish(Network::load(loader.builder(dtype, device), &config))?;
-        Ok(Self { network, config, preprocessor, id, parameters, device: device.clone(), dtype })
+        Self::of_store(config, preprocessor, Store::of_tensors(tensors, path), device, dtype)
+    }
+
+    fn of_store(
+        config: Config,
+        preprocessor: Preprocessor,
+        store: Store,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        let id = id(&config, &preprocessor, &store)?;
+        let parameters = store.parameters();
+        let loader = Loader::new(store);
+        // Names and shapes are checked as a whole before any tensor is read.
+        loader.finish(Network::load(loader.shapes(dtype, device), &config))?;
+        let (stages, precision) = Stages::new(loader, &config, device, dtype)?;
+        Ok(Self { stages, config, preprocessor, id, parameters, device: device.clone(), dtype, precision })
     }
 
     /// Normalised pixels to continuous features.
@@ -183,12 +224,33 @@ impl Vqrae {
     /// - pixels: `[B, 3, H, W]`, H and W multiples of the patch
     /// - output: `[B, N, D]`, N = h·w in raster order
     pub fn encode(&self, pixels: &Tensor) -> candle_core::Result<Tensor> {
-        self.network.encoder.forward(&pixels.to_device(&self.device)?)
+        match &self.stages {
+            Stages::Packed(stages) => stages.encode(pixels),
+            Stages::Tensors(network) => network.encoder.forward(&pixels.to_device(&self.device)?),
+        }
+    }
+
+    /// The patch embeddings, positions added, and the output of every block, as transformers' `hidden_states`.
+    ///
+    /// # Shapes
+    /// - pixels: `[B, 3, H, W]`, H and W multiples of the patch
+    /// - output: depth + 1 tensors `[B, N, D]`
+    ///
+    /// # Errors
+    /// Also where the encoder is candle-transformers', which does not show them.
+    pub fn hidden_states(&self, pixels: &Tensor) -> candle_core::Result<Vec<Tensor>> {
+        match &self.stages {
+            Stages::Packed(stages) => stages.hidden_states(pixels),
+            Stages::Tensors(network) => network.encoder.hidden_states(&pixels.to_device(&self.device)?),
+        }
     }
 
     /// Features `[B, N, D]` to codes and the decoder's tokens.
     pub fn quantize(&self, features: &Tensor) -> candle_core::Result<Quantized> {
-        self.network.quantizer.quantize(features)
+        match &self.stages {
+            Stages::Packed(stages) => stages.quantize(features),
+            Stages::Tensors(network) => network.quantizer.quantize(features),
+        }
     }
 
     /// Normalised pixels to codes: the encoder, then the exactly nearest code of every feature.
@@ -197,9 +259,14 @@ impl Vqrae {
     /// - pixels: `[B, 3, H, W]`, H and W multiples of the patch
     /// - output: u32 `[B, h, w]`
     pub fn encode_to_indices(&self, pixels: &Tensor) -> candle_core::Result<Tensor> {
-        let (b, _, height, width) = pixels.dims4()?;
-        let (h, w) = self.network.grid(height, width)?;
-        self.quantize(&self.encode(pixels)?)?.indices.reshape((b, h, w))
+        match &self.stages {
+            Stages::Packed(stages) => stages.encode_to_indices(pixels),
+            Stages::Tensors(network) => {
+                let (b, _, height, width) = pixels.dims4()?;
+                let (h, w) = network.grid(height, width)?;
+                network.quantize(&pixels.to_device(&self.device)?)?.indices.reshape((b, h, w))
+            }
+        }
     }
 
     /// Codes to pixels in the normalised range of the encoder's input; [`Preprocessor::denormalize_to_rgb`] makes an
@@ -209,19 +276,30 @@ impl Vqrae {
     /// - indices: u32 `[B, h, w]`
     /// - output: f32 `[B, 3, h·P', w·P']`
     pub fn decode_from_indices(&self, indices: &Tensor) -> candle_core::Result<Tensor> {
-        let (b, h, w) = indices.dims3()?;
-        let indices = indices.to_device(&self.device)?.reshape((b, h * w))?;
-        self.decode(&self.network.quantizer.lookup(&indices)?, (h, w))
+        match &self.stages {
+            Stages::Packed(stages) => stages.decode_from_indices(indices),
+            Stages::Tensors(network) => {
+                let (b, h, w) = indices.dims3()?;
+                let indices = indices.to_device(&self.device)?.reshape((b, h * w))?;
+                self.decode(&network.quantizer.lookup(&indices)?, (h, w))
+            }
+        }
     }
 
     /// The decoder's tokens `[B, h·w, D']` to pixels, f32 `[B, 3, h·P', w·P']`.
     pub fn decode(&self, tokens: &Tensor, grid: (usize, usize)) -> candle_core::Result<Tensor> {
-        self.network.paint(tokens, grid, self.dtype)?.to_dtype(DType::F32)
+        match &self.stages {
+            Stages::Packed(stages) => stages.decode(tokens, grid),
+            Stages::Tensors(network) => network.paint(tokens, grid, self.dtype)?.to_dtype(DType::F32),
+        }
     }
 
     /// The vectors that features are compared with, f32 `[K, e]`.
     pub fn codebook(&self) -> candle_core::Result<Tensor> {
-        self.network.quantizer.codebook()
+        match &self.stages {
+            Stages::Packed(stages) => stages.codebook(),
+            Stages::Tensors(network) => network.quantizer.codebook(),
+        }
     }
 
     /// Number K of codes.
@@ -231,7 +309,7 @@ impl Vqrae {
 
     /// The grid (h, w) of codes of an image of `height` × `width` pixels.
     pub fn grid_of(&self, height: usize, width: usize) -> candle_core::Result<(usize, usize)> {
-        self.network.grid(height, width)
+        crate::vit::grid(height, width, self.config.encoder.patch())
     }
 
     /// The hash of config, preprocessing and weights that codes are stamped with.
@@ -259,15 +337,47 @@ impl Vqrae {
         &self.device
     }
 
-    /// What encoder and decoder compute in.
+    /// What products are computed in.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// The number format and, where sums could differ, the arithmetic: models of one precision give the same bits.
+    ///
+    /// `f32` is one arithmetic on every CPU with AVX2, AVX-512 or NEON. The bf16 instructions of AVX-512 and of AMX round
+    /// in ways of their own (`bf16/avx512-bf16`, `bf16/amx-bf16`), unlike bf16 numbers multiplied as f32 (`bf16/fma`).
+    pub fn precision(&self) -> &str {
+        &self.precision
+    }
+}
+
+impl Stages {
+    /// The stages, and the precision that they compute in.
+    fn new(loader: Loader, config: &Config, device: &Device, dtype: DType) -> Result<(Self, String)> {
+        let encoder::Config::Siglip(siglip) = &config.encoder;
+        let stock = siglip.backend == encoder::Backend::CandleTransformers;
+        if !device.is_cpu() || stock {
+            let network = Network::load(loader.builder(dtype, device), config)?;
+            return Ok((Self::Tensors(Arc::new(network)), format!("{}/candle", dtype.as_str())));
+        }
+        let isa = Isa::detect()?;
+        let config = config.clone();
+        let (stages, bf16): (Arc<dyn Inference>, bool) = match dtype {
+            DType::F32 => (Arc::new(inference::Network::<f32>::new(loader, config, isa)), false),
+            DType::BF16 => (Arc::new(inference::Network::<Bf16>::new(loader, config, isa)), true),
+            other => return Err(Error::Dtype { dtype: other.as_str() }),
+        };
+        let precision = match isa.arithmetic(bf16) {
+            "fma" if !bf16 => dtype.as_str().to_string(),
+            arithmetic => format!("{}/{arithmetic}", dtype.as_str()),
+        };
+        Ok((Self::Packed(stages), precision))
     }
 }
 
 /// The id of a model: another config, preprocessing or weight makes another id.
-fn id(config: &Config, preprocessor: &Preprocessor, tensors: &Tensors) -> Result<String> {
-    weights::id(&format!("{}\n{}", config.to_json()?, preprocessor.to_json()), tensors)
+fn id(config: &Config, preprocessor: &Preprocessor, store: &Store) -> Result<String> {
+    store.id(&format!("{}\n{}", config.to_json()?, preprocessor.to_json()))
 }
 
 /// The tensors of a new model: those `given` (all of a stage, or none of it), the others fresh from `seed`.
@@ -344,6 +454,6 @@ pub fn init(encoder_folder: &Path, config_file: &Path, output: &Path, seed: u64)
     }
     save(output, &config, &preprocessor, &tensors)?;
     let total = tensors.values().map(Tensor::elem_count).sum::<usize>();
-    let id = id(&config, &preprocessor, &tensors)?;
+    let id = id(&config, &preprocessor, &Store::of_tensors(tensors.clone(), output))?;
     Ok(InitReport { folder: output.to_path_buf(), id, pretrained, fresh: total - pretrained })
 }

@@ -25,11 +25,11 @@ pub struct Config {
 }
 
 #[derive(Debug, Clone)]
-struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    out_proj: Linear,
+pub(crate) struct Attention {
+    pub(crate) q_proj: Linear,
+    pub(crate) k_proj: Linear,
+    pub(crate) v_proj: Linear,
+    pub(crate) out_proj: Linear,
     heads: usize,
 }
 
@@ -52,9 +52,9 @@ impl Attention {
 }
 
 #[derive(Debug, Clone)]
-struct Mlp {
-    fc1: Linear,
-    fc2: Linear,
+pub(crate) struct Mlp {
+    pub(crate) fc1: Linear,
+    pub(crate) fc2: Linear,
 }
 
 impl Mlp {
@@ -71,11 +71,11 @@ impl Mlp {
 }
 
 #[derive(Debug, Clone)]
-struct Block {
-    layer_norm1: LayerNorm,
-    self_attn: Attention,
-    layer_norm2: LayerNorm,
-    mlp: Mlp,
+pub(crate) struct Block {
+    pub(crate) layer_norm1: LayerNorm,
+    pub(crate) self_attn: Attention,
+    pub(crate) layer_norm2: LayerNorm,
+    pub(crate) mlp: Mlp,
 }
 
 impl Block {
@@ -94,6 +94,12 @@ impl Block {
     }
 }
 
+/// Loads `layers.0 ..` from `vb`, one at a time.
+pub(crate) fn blocks(vb: VarBuilder, config: &Config) -> impl Iterator<Item = Result<Block>> {
+    let vb = vb.pp("layers");
+    (0..config.depth).map(move |i| Block::load(vb.pp(i), config))
+}
+
 /// A stack of transformer blocks.
 #[derive(Debug, Clone)]
 pub struct Vit {
@@ -103,8 +109,7 @@ pub struct Vit {
 impl Vit {
     /// Loads `layers.0 ..` from `vb`.
     pub fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
-        let vb = vb.pp("layers");
-        let layers = (0..config.depth).map(|i| Block::load(vb.pp(i), config)).collect::<Result<_>>()?;
+        let layers = blocks(vb, config).collect::<Result<_>>()?;
         Ok(Self { layers })
     }
 
@@ -148,7 +153,7 @@ impl Positions {
     }
 
     /// `[h·w, D]`.
-    fn at(&self, (h, w): (usize, usize)) -> Result<Tensor> {
+    pub(crate) fn at(&self, (h, w): (usize, usize)) -> Result<Tensor> {
         if (h, w) == self.grid {
             return Ok(self.table.clone());
         }
@@ -213,8 +218,8 @@ pub fn grid(height: usize, width: usize, p: usize) -> Result<(usize, usize)> {
 /// The parameters of a patch embedding: a convolution whose stride is its size, computed as a matrix product.
 #[derive(Debug, Clone)]
 pub struct PatchEmbedding {
-    weight: Tensor,
-    bias: Tensor,
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Tensor,
     patch: usize,
 }
 

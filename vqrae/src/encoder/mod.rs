@@ -2,6 +2,7 @@
 
 mod siglip;
 
+pub(crate) use siglip::Surroundings;
 pub use siglip::{Backend, Features, Siglip, SiglipConfig};
 
 use candle_core::{Result, Tensor};
@@ -77,6 +78,19 @@ impl Encoder {
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         match self {
             Self::Siglip(encoder) => encoder.forward(pixels),
+        }
+    }
+
+    /// The embeddings and the output of every block, as transformers' `hidden_states`: depth + 1 tensors `[B, N, D]`.
+    ///
+    /// # Errors
+    /// Also where the encoder is candle-transformers', which does not show them.
+    pub fn hidden_states(&self, pixels: &Tensor) -> Result<Vec<Tensor>> {
+        match self {
+            Self::Siglip(Siglip::Vit(encoder)) => encoder.hidden_states(pixels),
+            Self::Siglip(Siglip::Stock(_)) => {
+                candle_core::bail!("candle-transformers' SigLIP does not show its hidden states; set backend to vit")
+            }
         }
     }
 }

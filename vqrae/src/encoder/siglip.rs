@@ -190,18 +190,17 @@ impl Stock {
     }
 }
 
-/// SigLIP on our [`Vit`].
+/// What stands around the blocks of a SigLIP.
 #[derive(Debug, Clone)]
-pub struct SiglipVit {
-    patch_embedding: PatchEmbedding,
-    position_embedding: Positions,
-    encoder: Vit,
-    post_layernorm: Option<LayerNorm>,
-    patch: usize,
+pub(crate) struct Surroundings {
+    pub(crate) patch_embedding: PatchEmbedding,
+    pub(crate) position_embedding: Positions,
+    pub(crate) post_layernorm: Option<LayerNorm>,
 }
 
-impl SiglipVit {
-    fn load(vb: VarBuilder, config: &SiglipConfig) -> Result<Self> {
+impl Surroundings {
+    /// Loads `embeddings.…` and `post_layernorm` of `vision_model`.
+    pub(crate) fn load(vb: &VarBuilder, config: &SiglipConfig) -> Result<Self> {
         let (d, embeddings) = (config.hidden_size, vb.pp("embeddings"));
         let post_layernorm = match config.features {
             Features::LastHiddenState => Some(LayerNorm::load(vb.pp("post_layernorm"), d, config.layer_norm_eps)?),
@@ -210,21 +209,37 @@ impl SiglipVit {
         Ok(Self {
             patch_embedding: PatchEmbedding::load(embeddings.pp("patch_embedding"), config.patch_size, d)?,
             position_embedding: Positions::load(embeddings.pp("position_embedding"), config.grid(), d)?,
-            encoder: Vit::load(vb.pp("encoder"), &config.vit())?,
             post_layernorm,
+        })
+    }
+}
+
+/// SigLIP on our [`Vit`].
+#[derive(Debug, Clone)]
+pub struct SiglipVit {
+    surroundings: Surroundings,
+    encoder: Vit,
+    patch: usize,
+}
+
+impl SiglipVit {
+    fn load(vb: VarBuilder, config: &SiglipConfig) -> Result<Self> {
+        Ok(Self {
+            surroundings: Surroundings::load(&vb, config)?,
+            encoder: Vit::load(vb.pp("encoder"), &config.vit())?,
             patch: config.patch_size,
         })
     }
 
     fn embed(&self, pixels: &Tensor) -> Result<Tensor> {
         let (_, _, height, width) = pixels.dims4()?;
-        let tokens = self.patch_embedding.forward(pixels)?;
-        self.position_embedding.add(&tokens, vit::grid(height, width, self.patch)?)
+        let tokens = self.surroundings.patch_embedding.forward(pixels)?;
+        self.surroundings.position_embedding.add(&tokens, vit::grid(height, width, self.patch)?)
     }
 
     fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let x = self.encoder.forward(&self.embed(pixels)?)?;
-        match &self.post_layernorm {
+        match &self.surroundings.post_layernorm {
             Some(norm) => norm.forward(&x),
             None => Ok(x),
         }

@@ -3,8 +3,8 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use vqrae_kernels::matrix::{Into, View, multiply};
-
-use super::vector::{exp, max, sum, vectorised};
+use vqrae_kernels::vector::{exp, max, sum};
+use vqrae_kernels::vectorised;
 
 /// Queries whose scores are held at a time.
 const QUERIES: usize = 128;
@@ -143,7 +143,7 @@ impl Sizes {
     fn weights(&self, weights: &mut [f32], q: &[f32], k: &[f32], first: usize, rows: usize) {
         let (queries, keys) = (self.view(q, first, rows), self.view(k, 0, self.n));
         multiply(weights, self.n, queries, keys.t(), self.scale(), Into::Replace);
-        vectorised(|| weights.chunks_exact_mut(self.n).for_each(softmax_row));
+        weights.chunks_exact_mut(self.n).for_each(softmax_row);
     }
 
     fn forward(&self, out: &mut [f32], q: &[f32], k: &[f32], v: &[f32]) {
@@ -169,11 +169,9 @@ impl Sizes {
             let out_grad = self.view(grad, first, rows);
             multiply(v_grad, width, View::new(weights, rows, n, n).t(), out_grad, 1.0, Into::Add);
             multiply(scores, n, out_grad, self.view(v, 0, n).t(), 1.0, Into::Replace);
-            vectorised(|| {
-                for (scores, weights) in scores.chunks_exact_mut(n).zip(weights.chunks_exact(n)) {
-                    softmax_row_gradient(scores, weights);
-                }
-            });
+            for (scores, weights) in scores.chunks_exact_mut(n).zip(weights.chunks_exact(n)) {
+                softmax_row_gradient(scores, weights);
+            }
             let scores = View::new(scores, rows, n, n);
             multiply(q_grad, width, scores, self.view(k, 0, n), self.scale(), Into::Replace);
             multiply(k_grad, width, scores.t(), self.view(q, first, rows), self.scale(), Into::Add);
@@ -181,23 +179,23 @@ impl Sizes {
     }
 }
 
-#[inline(always)]
-fn softmax_row(row: &mut [f32]) {
-    let largest = max(row);
-    for x in row.iter_mut() {
-        *x = exp(*x - largest);
+vectorised! {
+    fn softmax_row(row: &mut [f32]) {
+        let largest = max(row);
+        for x in row.iter_mut() {
+            *x = exp(*x - largest);
+        }
+        let scale = 1.0 / sum(row, row, |x, _| x);
+        for x in row.iter_mut() {
+            *x *= scale;
+        }
     }
-    let scale = 1.0 / sum(row, row, |x, _| x);
-    for x in row.iter_mut() {
-        *x *= scale;
-    }
-}
 
-/// From the gradient of the weights to that of the scores: `w (g − Σ g w)`.
-#[inline(always)]
-fn softmax_row_gradient(grad: &mut [f32], weights: &[f32]) {
-    let mean = sum(grad, weights, |g, w| g * w);
-    for (g, &w) in grad.iter_mut().zip(weights) {
-        *g = w * (*g - mean);
+    /// From the gradient of the weights to that of the scores: `w (g − Σ g w)`.
+    fn softmax_row_gradient(grad: &mut [f32], weights: &[f32]) {
+        let mean = sum(grad, weights, |g, w| g * w);
+        for (g, &w) in grad.iter_mut().zip(weights) {
+            *g = w * (*g - mean);
+        }
     }
 }

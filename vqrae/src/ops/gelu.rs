@@ -3,14 +3,11 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::vector::{sigmoid, vectorised};
+use vqrae_kernels::vector::{self, GELU_CUBIC, GELU_LINEAR, sigmoid};
+use vqrae_kernels::vectorised;
 
 /// Elements that one piece of work covers.
 const PIECE: usize = 16_384;
-/// 2 √(2/π): the tanh form equals x · sigmoid(2u), where u = √(2/π) (x + 0.044715 x³).
-const TWO_U: f32 = 1.595_769_2;
-const CUBIC: f32 = 0.044_715;
-
 /// `x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))`, element by element.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
     if super::fused(x) { x.contiguous()?.apply_op1(Gelu) } else { super::composed::gelu(x) }
@@ -27,11 +24,7 @@ impl CustomOp1 for Gelu {
         let x = super::f32_slice(x, layout)?;
         let mut out = vec![0f32; x.len()];
         out.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).for_each(|(out, x)| {
-            vectorised(|| {
-                for (out, &x) in out.iter_mut().zip(x) {
-                    *out = x * sigmoid(TWO_U * (x + CUBIC * x * x * x));
-                }
-            })
+            gelu_piece(out, x);
         });
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
@@ -60,14 +53,22 @@ impl CustomOp2 for GeluGradient {
         let grad = super::f32_slice(grad, grad_layout)?;
         let mut out = vec![0f32; x.len()];
         let pieces = out.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).zip(grad.par_chunks(PIECE));
-        pieces.for_each(|((out, x), grad)| {
-            vectorised(|| {
-                for ((out, &x), &grad) in out.iter_mut().zip(x).zip(grad) {
-                    let s = sigmoid(TWO_U * (x + CUBIC * x * x * x));
-                    *out = grad * (s + x * s * (1.0 - s) * TWO_U * (1.0 + 3.0 * CUBIC * x * x));
-                }
-            })
-        });
+        pieces.for_each(|((out, x), grad)| gradient_piece(out, x, grad));
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+    }
+}
+
+vectorised! {
+    fn gelu_piece(out: &mut [f32], x: &[f32]) {
+        for (out, &x) in out.iter_mut().zip(x) {
+            *out = vector::gelu(x);
+        }
+    }
+
+    fn gradient_piece(out: &mut [f32], x: &[f32], grad: &[f32]) {
+        for ((out, &x), &grad) in out.iter_mut().zip(x).zip(grad) {
+            let s = sigmoid(GELU_LINEAR * (x + GELU_CUBIC * x * x * x));
+            *out = grad * (s + x * s * (1.0 - s) * GELU_LINEAR * (1.0 + 3.0 * GELU_CUBIC * x * x));
+        }
     }
 }

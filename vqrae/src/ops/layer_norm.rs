@@ -4,7 +4,8 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tenso
 use candle_nn::VarBuilder;
 use rayon::prelude::*;
 
-use super::vector::{sum, vectorised};
+use vqrae_kernels::vector::{moments, sum};
+use vqrae_kernels::vectorised;
 
 /// Rows that one piece of work covers.
 const ROWS: usize = 64;
@@ -25,9 +26,9 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 /// [`layer_norm`] with its parameters, named `weight` and `bias` as in PyTorch.
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
-    eps: f64,
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Tensor,
+    pub(crate) eps: f64,
 }
 
 impl LayerNorm {
@@ -71,14 +72,9 @@ impl CustomOp3 for LayerNormOp {
         let bias = super::f32_slice(bias, bias_layout)?;
         let mut out = vec![0f32; x.len()];
         out.par_chunks_mut(ROWS * d).zip(x.par_chunks(ROWS * d)).for_each(|(out, x)| {
-            vectorised(|| {
-                for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                    let (mean, scale) = moments(x, self.eps);
-                    for i in 0..d {
-                        out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
-                    }
-                }
-            })
+            for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                norm_row(out, x, weight, bias, self.eps);
+            }
         });
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
     }
@@ -128,9 +124,8 @@ impl CustomOp2 for LayerNormGradient {
         let (x_grad, parameters) = out.split_at_mut(x.len());
         let pieces = x_grad.par_chunks_mut(ROWS * d).zip(x.par_chunks(ROWS * d)).zip(grad.par_chunks(ROWS * d));
         // The pieces are fixed and added in order: the sums do not depend on the number of threads.
-        let sums: Vec<Vec<f32>> = pieces
-            .map(|((x_grad, x), grad)| vectorised(|| piece_gradient(x_grad, x, grad, &weight, self.eps)))
-            .collect();
+        let sums: Vec<Vec<f32>> =
+            pieces.map(|((x_grad, x), grad)| piece_gradient(x_grad, x, grad, &weight, self.eps)).collect();
         for piece in sums {
             parameters.iter_mut().zip(piece).for_each(|(total, part)| *total += part);
         }
@@ -138,37 +133,37 @@ impl CustomOp2 for LayerNormGradient {
     }
 }
 
-/// Writes the gradient of some rows of x; returns their part of the gradients of weight and bias, `[2·D]`.
-#[inline(always)]
-fn piece_gradient(x_grad: &mut [f32], x: &[f32], grad: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
-    let d = weight.len();
-    let mut parameters = vec![0f32; 2 * d];
-    let (weight_grad, bias_grad) = parameters.split_at_mut(d);
-    let mut normed = vec![0f32; d];
-    let mut weighted = vec![0f32; d];
-    for ((x_grad, x), grad) in x_grad.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(grad.chunks_exact(d)) {
+vectorised! {
+    fn norm_row(out: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32], eps: f32) {
         let (mean, scale) = moments(x, eps);
-        for i in 0..d {
-            normed[i] = (x[i] - mean) * scale;
-            weighted[i] = grad[i] * weight[i];
-            weight_grad[i] += grad[i] * normed[i];
-            bias_grad[i] += grad[i];
-        }
-        let mean_weighted = sum(&weighted, &weighted, |w, _| w) / d as f32;
-        let mean_product = sum(&weighted, &normed, |w, n| w * n) / d as f32;
-        for i in 0..d {
-            x_grad[i] = scale * (weighted[i] - mean_weighted - normed[i] * mean_product);
+        for i in 0..x.len() {
+            out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
         }
     }
-    parameters
-}
 
-/// Mean and 1/√(variance + ε) of a row.
-#[inline(always)]
-fn moments(x: &[f32], eps: f32) -> (f32, f32) {
-    let mean = sum(x, x, |x, _| x) / x.len() as f32;
-    let variance = sum(x, x, |x, _| (x - mean) * (x - mean)) / x.len() as f32;
-    (mean, 1.0 / (variance + eps).sqrt())
+    /// Writes the gradient of some rows of x; returns their part of the gradients of weight and bias, `[2·D]`.
+    fn piece_gradient(x_grad: &mut [f32], x: &[f32], grad: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+        let d = weight.len();
+        let mut parameters = vec![0f32; 2 * d];
+        let (weight_grad, bias_grad) = parameters.split_at_mut(d);
+        let mut normed = vec![0f32; d];
+        let mut weighted = vec![0f32; d];
+        for ((x_grad, x), grad) in x_grad.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(grad.chunks_exact(d)) {
+            let (mean, scale) = moments(x, eps);
+            for i in 0..d {
+                normed[i] = (x[i] - mean) * scale;
+                weighted[i] = grad[i] * weight[i];
+                weight_grad[i] += grad[i] * normed[i];
+                bias_grad[i] += grad[i];
+            }
+            let mean_weighted = sum(&weighted, &weighted, |w, _| w) / d as f32;
+            let mean_product = sum(&weighted, &normed, |w, n| w * n) / d as f32;
+            for i in 0..d {
+                x_grad[i] = scale * (weighted[i] - mean_weighted - normed[i] * mean_product);
+            }
+        }
+        parameters
+    }
 }
 
 fn width(x: &Layout, weight: &Layout) -> Result<usize> {

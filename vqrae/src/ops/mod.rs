@@ -14,7 +14,6 @@ pub mod composed;
 mod gelu;
 mod layer_norm;
 mod linear;
-mod vector;
 
 pub use attention::attention;
 pub use gelu::gelu;

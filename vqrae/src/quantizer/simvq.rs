@@ -99,12 +99,12 @@ impl SimVqConfig {
 /// A SimVQ with its weights, in f32 whatever the encoder's dtype: codes must not depend on it more than features do.
 #[derive(Debug, Clone)]
 pub struct SimVq {
-    linear_in: Linear,
+    pub(crate) linear_in: Linear,
     /// Detached from whatever the VarBuilder gave, unless the config trains it.
-    codebook: Tensor,
-    transform: Tensor,
-    transform_bias: Option<Tensor>,
-    linear_out: Linear,
+    pub(crate) codebook: Tensor,
+    pub(crate) transform: Tensor,
+    pub(crate) transform_bias: Option<Tensor>,
+    pub(crate) linear_out: Linear,
     metric: Metric,
     beta: f64,
     /// Ĉ and its search structure, kept while nothing that they come from is trained.

@@ -1,0 +1,126 @@
+//! `x wᵀ + b`, and what follows it while the sums are at hand.
+
+use rayon::prelude::*;
+
+use super::product::{PANEL, Packed};
+use super::{Element, Matrix};
+use crate::vector::gelu;
+use crate::vectorised;
+
+/// Rows of a piece of work: whole strips of every instruction set (6 rows, or 32).
+const ROWS: usize = 96;
+/// Panels of a piece of work. Its sums (48 KiB) and a group of packed columns stay in the second-level cache.
+const PANELS: usize = 8;
+
+/// What becomes of the sums, bias added.
+pub enum End<'a, T> {
+    /// They replace the contents of a matrix.
+    Store(&'a mut Matrix<T>),
+    /// Their GELU (tanh form) replaces the contents of a matrix.
+    Gelu(&'a mut Matrix<T>),
+    /// They replace the contents of a matrix of f32.
+    Wide(&'a mut Matrix<f32>),
+    /// They are added to a residual.
+    Add(&'a mut Matrix<f32>),
+}
+
+/// `x wᵀ + b`.
+///
+/// # Shapes
+/// - x: `[N, D]`
+/// - weight: packed `[E, D]`
+/// - bias: `[E]`
+/// - end: `[N, E]`
+///
+/// # Panics
+/// When the shapes do not fit: a bug in the caller, not in the input.
+pub fn linear<T: Element>(x: &Matrix<T>, weight: &Packed<T>, bias: &[f32], end: End<T>) {
+    match end {
+        End::Store(out) => each(x, weight, bias, out, Store),
+        End::Gelu(out) => each(x, weight, bias, out, Gelu),
+        End::Wide(out) => each(x, weight, bias, out, Store),
+        End::Add(out) => each(x, weight, bias, out, Add),
+    }
+}
+
+/// What an [`End`] does with one sum. A trait rather than a closure, since only `inline(always)` reaches the vector loop.
+trait Finish<O>: Copy + Sync {
+    fn finish(self, out: &mut O, sum: f32);
+}
+
+#[derive(Clone, Copy)]
+struct Store;
+
+impl<O: Element> Finish<O> for Store {
+    #[inline(always)]
+    fn finish(self, out: &mut O, sum: f32) {
+        *out = O::narrow(sum);
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Gelu;
+
+impl<O: Element> Finish<O> for Gelu {
+    #[inline(always)]
+    fn finish(self, out: &mut O, sum: f32) {
+        *out = O::narrow(gelu(sum));
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Add;
+
+impl Finish<f32> for Add {
+    #[inline(always)]
+    fn finish(self, out: &mut f32, sum: f32) {
+        *out += sum;
+    }
+}
+
+vectorised! {
+    /// Finishes one row's columns of a piece.
+    fn finish_row[O: Element, F: Finish<O>](out: &mut [O], sums: &[f32], bias: &[f32], finish: F) {
+        for ((out, &sum), &bias) in out.iter_mut().zip(sums).zip(bias) {
+            finish.finish(out, sum + bias);
+        }
+    }
+}
+
+/// The elements of a matrix, written from several threads at places that differ.
+struct Shared<T>(*mut T);
+// SAFETY: `each` writes every element from one piece of work alone.
+unsafe impl<T> Sync for Shared<T> {}
+
+fn each<T: Element, O: Element, F: Finish<O>>(
+    x: &Matrix<T>,
+    weight: &Packed<T>,
+    bias: &[f32],
+    out: &mut Matrix<O>,
+    finish: F,
+) {
+    let (n, d, e) = (x.rows(), weight.inner(), weight.columns());
+    assert_eq!((x.columns(), bias.len(), out.rows(), out.columns()), (d, e, n, e), "linear: the shapes do not fit");
+    let (blocks, groups) = (n.div_ceil(ROWS), weight.panels().div_ceil(PANELS));
+    let stride = out.stride();
+    let shared = Shared(out.padded_mut().as_mut_ptr());
+    let shared = &shared;
+    // A group's packed columns meet all rows before the next group is read.
+    (0..groups * blocks).into_par_iter().for_each_init(
+        || vec![0f32; ROWS * PANELS * PANEL],
+        |sums, piece| {
+            let (group, block) = (piece / blocks, piece % blocks);
+            let rows = block * ROWS..n.min((block + 1) * ROWS);
+            let panels = group * PANELS..weight.panels().min((group + 1) * PANELS);
+            let width = panels.len() * PANEL;
+            weight.multiply(sums, width, x, rows.clone(), 0, panels.clone());
+            let columns = panels.start * PANEL..e.min(panels.end * PANEL);
+            for (sums, row) in sums.chunks_exact(width).zip(rows) {
+                let at = row * stride + columns.start;
+                // SAFETY: row and columns lie within the matrix and belong to this piece alone.
+                let out = unsafe { std::slice::from_raw_parts_mut(shared.0.add(at), columns.len()) };
+                finish_row(out, sums, &bias[columns.clone()], finish);
+            }
+        },
+    );
+}

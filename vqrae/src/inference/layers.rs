@@ -1,0 +1,138 @@
+//! The blocks of [`crate::vit`] with packed weights.
+
+use candle_core::{DType, Result, Tensor};
+use candle_nn::VarBuilder;
+use vqrae_kernels::cpu::{Element, End, Isa, Matrix, Packed, attention, layer_norm, linear};
+
+use crate::{ops, vit};
+
+/// A linear layer.
+pub(super) struct Linear<T> {
+    weight: Packed<T>,
+    bias: Vec<f32>,
+}
+
+impl<T: Element> Linear<T> {
+    pub(super) fn pack(layer: &ops::Linear, isa: Isa) -> Result<Self> {
+        Self::stack(&[layer], isa)
+    }
+
+    /// Several layers of one input as one layer, whose output is theirs side by side.
+    fn stack(layers: &[&ops::Linear], isa: Isa) -> Result<Self> {
+        let d = layers[0].weight.dim(1)?;
+        let weights: Vec<_> = layers.iter().map(|layer| values(&layer.weight)).collect::<Result<_>>()?;
+        let weights: Vec<&[f32]> = weights.iter().map(Vec::as_slice).collect();
+        let mut bias = Vec::new();
+        for layer in layers {
+            bias.extend(values(&layer.bias)?);
+        }
+        Ok(Self { weight: Packed::stacked(&weights, d, isa), bias })
+    }
+
+    /// Of a weight `[E, …]` and a bias `[E]`.
+    pub(super) fn of(weight: &Tensor, bias: Option<&Tensor>, isa: Isa) -> Result<Self> {
+        let weight = weight.flatten_from(1)?;
+        let (e, d) = weight.dims2()?;
+        let bias = bias.map_or_else(|| Ok(vec![0.0; e]), values)?;
+        Ok(Self { weight: Packed::new(&values(&weight)?, d, isa), bias })
+    }
+
+    /// The output's width.
+    pub(super) fn width(&self) -> usize {
+        self.bias.len()
+    }
+
+    pub(super) fn run(&self, x: &Matrix<T>, end: End<T>) {
+        linear(x, &self.weight, &self.bias, end);
+    }
+}
+
+/// A layer norm.
+pub(super) struct Norm {
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    eps: f32,
+}
+
+impl Norm {
+    pub(super) fn of(norm: &ops::LayerNorm) -> Result<Self> {
+        Ok(Self { weight: values(&norm.weight)?, bias: values(&norm.bias)?, eps: norm.eps as f32 })
+    }
+
+    pub(super) fn run<T: Element>(&self, x: &Matrix<f32>, out: &mut Matrix<T>) {
+        layer_norm(x, &self.weight, &self.bias, self.eps, out);
+    }
+}
+
+/// The elements of a tensor, in f32.
+pub(super) fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+    tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+}
+
+struct Block<T> {
+    norm1: Norm,
+    qkv: Linear<T>,
+    out: Linear<T>,
+    norm2: Norm,
+    fc1: Linear<T>,
+    fc2: Linear<T>,
+}
+
+impl<T: Element> Block<T> {
+    fn pack(block: &vit::Block, isa: Isa) -> Result<Self> {
+        let vit::Block { layer_norm1, self_attn, layer_norm2, mlp } = block;
+        Ok(Self {
+            norm1: Norm::of(layer_norm1)?,
+            qkv: Linear::stack(&[&self_attn.q_proj, &self_attn.k_proj, &self_attn.v_proj], isa)?,
+            out: Linear::pack(&self_attn.out_proj, isa)?,
+            norm2: Norm::of(layer_norm2)?,
+            fc1: Linear::pack(&mlp.fc1, isa)?,
+            fc2: Linear::pack(&mlp.fc2, isa)?,
+        })
+    }
+}
+
+/// A stack of transformer blocks.
+pub(super) struct Vit<T> {
+    blocks: Vec<Block<T>>,
+    config: vit::Config,
+    isa: Isa,
+}
+
+/// What the blocks need besides the tokens of an image, used again from block to block.
+struct Scratch<T> {
+    normed: Matrix<T>,
+    qkv: Matrix<T>,
+    hidden: Matrix<T>,
+}
+
+impl<T: Element> Vit<T> {
+    /// Loads `layers.0 ..` from `vb`; of the tensors themselves, one block's are in memory at a time.
+    pub(super) fn load(vb: VarBuilder, config: &vit::Config, isa: Isa) -> Result<Self> {
+        let blocks = vit::blocks(vb, config).map(|block| Block::pack(&block?, isa)).collect::<Result<_>>()?;
+        Ok(Self { blocks, config: *config, isa })
+    }
+
+    /// Every block in turn, on the tokens `[N, D]` of one image; `seen` is shown what goes into the first block and what
+    /// comes out of each.
+    pub(super) fn run(&self, x: &mut Matrix<f32>, mut seen: impl FnMut(&Matrix<f32>)) {
+        let (n, d) = (x.rows(), x.columns());
+        let mut scratch = Scratch::<T> {
+            normed: Matrix::new(n, d),
+            qkv: Matrix::new(n, 3 * d),
+            hidden: Matrix::new(n, self.config.mlp_width),
+        };
+        seen(x);
+        for block in &self.blocks {
+            let Scratch { normed, qkv, hidden } = &mut scratch;
+            block.norm1.run(x, normed);
+            block.qkv.run(normed, End::Store(qkv));
+            attention(qkv, self.config.heads, self.isa, normed);
+            block.out.run(normed, End::Add(x));
+            block.norm2.run(x, normed);
+            block.fc1.run(normed, End::Gelu(hidden));
+            block.fc2.run(hidden, End::Add(x));
+            seen(x);
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! The network on a processor, for inference alone: weights packed once, an image at a time, no gradients.
+//!
+//! The layers and their names are those of [`crate::vit`], [`crate::encoder`], [`crate::quantizer`] and
+//! [`crate::decoder`], which carry gradients and run on other devices; the tests tie the two. What computes is
+//! [`vqrae_kernels::cpu`], in f32 or bf16.
+//!
+//! **Batch invariance.** Every image goes its own way, and no sum depends on what else there is: the same image gives the
+//! same bits alone, in any batch, and on any number of threads.
+//!
+//! A stage is read when it is first needed: to tokenize takes no memory for the decoder.
+
+mod layers;
+mod stages;
+
+use std::sync::OnceLock;
+
+use candle_core::{DType, Device, Result, Tensor};
+use rayon::prelude::*;
+use stages::{Decoder, Encoder, Quantizer, array, tensor};
+use vqrae_kernels::cpu::{Element, Isa, Matrix};
+
+use crate::model::Config;
+use crate::quantizer::Quantized;
+use crate::vit;
+use crate::weights::Loader;
+
+/// What [`crate::Vqrae`] asks of a network, whatever numbers it computes in.
+pub(crate) trait Inference: Send + Sync {
+    /// `[B, 3, H, W]` to features `[B, N, D]`.
+    fn encode(&self, pixels: &Tensor) -> Result<Tensor>;
+    /// `[B, 3, H, W]` to depth + 1 hidden states `[B, N, D]`.
+    fn hidden_states(&self, pixels: &Tensor) -> Result<Vec<Tensor>>;
+    /// `[B, 3, H, W]` to codes u32 `[B, h, w]`.
+    fn encode_to_indices(&self, pixels: &Tensor) -> Result<Tensor>;
+    /// Features `[B, N, D]` to codes and the decoder's tokens.
+    fn quantize(&self, features: &Tensor) -> Result<Quantized>;
+    /// Codes u32 `[B, h, w]` to pixels `[B, 3, H', W']`.
+    fn decode_from_indices(&self, indices: &Tensor) -> Result<Tensor>;
+    /// Tokens `[B, h·w, D']` to pixels `[B, 3, H', W']`.
+    fn decode(&self, tokens: &Tensor, grid: (usize, usize)) -> Result<Tensor>;
+    /// `[K, e]`.
+    fn codebook(&self) -> Result<Tensor>;
+}
+
+/// The three stages, each read when it is first needed.
+pub(crate) struct Network<T> {
+    loader: Loader,
+    config: Config,
+    isa: Isa,
+    encoder: OnceLock<Encoder<T>>,
+    quantizer: OnceLock<Quantizer<T>>,
+    decoder: OnceLock<Decoder<T>>,
+}
+
+impl<T: Element> Network<T> {
+    /// A network whose names and shapes were checked before.
+    pub(crate) fn new(loader: Loader, config: Config, isa: Isa) -> Self {
+        let (encoder, quantizer, decoder) = Default::default();
+        Self { loader, config, isa, encoder, quantizer, decoder }
+    }
+
+    fn encoder(&self) -> Result<&Encoder<T>> {
+        let vb = || self.loader.builder(DType::F32, &Device::Cpu).pp("encoder");
+        once(&self.encoder, || Encoder::load(vb(), &self.config.encoder, self.isa))
+    }
+
+    fn quantizer(&self) -> Result<&Quantizer<T>> {
+        let vb = || self.loader.builder(DType::F32, &Device::Cpu).pp("quantizer");
+        let width_out = self.config.decoder.sizes(&self.config.encoder).vit.width;
+        let width_in = self.config.encoder.width();
+        once(&self.quantizer, || Quantizer::load(vb(), &self.config.quantizer, width_in, width_out, self.isa))
+    }
+
+    fn decoder(&self) -> Result<&Decoder<T>> {
+        let vb = || self.loader.builder(DType::F32, &Device::Cpu).pp("decoder");
+        let sizes = self.config.decoder.sizes(&self.config.encoder);
+        once(&self.decoder, || Decoder::load(vb(), &sizes, self.isa))
+    }
+
+    /// Runs `each` on the features of every image, before the final norm.
+    fn each_image<R: Send>(
+        &self,
+        pixels: &Tensor,
+        each: impl Fn(&Encoder<T>, &Matrix<f32>) -> Result<R> + Sync,
+    ) -> Result<Vec<R>> {
+        let (_, channels, height, width) = pixels.dims4()?;
+        if channels != 3 {
+            candle_core::bail!("pixels have {channels} channels, expected: 3");
+        }
+        let grid = vit::grid(height, width, self.config.encoder.patch())?;
+        let encoder = self.encoder()?;
+        let positions = encoder.positions(grid)?;
+        let run = |pixels: &[f32]| each(encoder, &encoder.run(pixels, grid, &positions, |_| ()));
+        array(pixels)?.par_chunks(3 * height * width).map(run).collect()
+    }
+
+    /// The pixels of several images, from the tokens that `tokens` gives for each.
+    fn paint(
+        &self,
+        images: usize,
+        grid: (usize, usize),
+        tokens: impl Fn(usize) -> Matrix<f32> + Sync,
+    ) -> Result<Tensor> {
+        let decoder = self.decoder()?;
+        let positions = decoder.positions(grid)?;
+        let (height, width) = (grid.0 * decoder.patch(), grid.1 * decoder.patch());
+        let mut pixels = vec![0f32; images * 3 * height * width];
+        pixels
+            .par_chunks_mut((3 * height * width).max(1))
+            .enumerate()
+            .for_each(|(i, pixels)| decoder.run(tokens(i), grid, &positions, pixels));
+        tensor(pixels, &[images, 3, height, width])
+    }
+
+    fn check_indices(&self, indices: &[u32]) -> Result<()> {
+        let (k, _) = self.quantizer()?.sizes();
+        match indices.iter().find(|&&index| index as usize >= k) {
+            Some(index) => candle_core::bail!("code {index} is outside the codebook of {k} codes"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// `cell`'s contents, made by `load` the first time; two threads may both load, and one result is kept.
+fn once<V>(cell: &OnceLock<V>, load: impl FnOnce() -> Result<V>) -> Result<&V> {
+    if let Some(value) = cell.get() {
+        return Ok(value);
+    }
+    let value = load()?;
+    Ok(cell.get_or_init(|| value))
+}
+
+impl<T: Element> Inference for Network<T> {
+    fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
+        let (b, n) = (pixels.dim(0)?, self.tokens(pixels)?);
+        let features = self.each_image(pixels, |encoder, x| Ok(encoder.finish::<f32>(x).to_vec()))?;
+        tensor(features.concat(), &[b, n, self.config.encoder.width()])
+    }
+
+    fn hidden_states(&self, pixels: &Tensor) -> Result<Vec<Tensor>> {
+        let (b, _, height, width) = pixels.dims4()?;
+        let grid = vit::grid(height, width, self.config.encoder.patch())?;
+        let encoder = self.encoder()?;
+        let positions = encoder.positions(grid)?;
+        let mut states: Vec<Vec<f32>> = vec![Vec::new(); self.config.encoder.vit().depth + 1];
+        for pixels in array(pixels)?.chunks(3 * height * width) {
+            let mut layer = states.iter_mut();
+            encoder.run(pixels, grid, &positions, |x| {
+                layer.next().into_iter().for_each(|state| state.extend(x.to_vec()));
+            });
+        }
+        let shape = [b, grid.0 * grid.1, self.config.encoder.width()];
+        states.into_iter().map(|state| tensor(state, &shape)).collect()
+    }
+
+    fn encode_to_indices(&self, pixels: &Tensor) -> Result<Tensor> {
+        let (b, _, height, width) = pixels.dims4()?;
+        let (h, w) = vit::grid(height, width, self.config.encoder.patch())?;
+        let quantizer = self.quantizer()?;
+        let projected = self.each_image(pixels, |encoder, x| Ok(quantizer.project(&encoder.finish(x))))?;
+        Tensor::from_vec(quantizer.nearest(&projected.concat())?, (b, h, w), &Device::Cpu)
+    }
+
+    fn quantize(&self, features: &Tensor) -> Result<Quantized> {
+        let (b, n, d) = features.dims3()?;
+        let quantizer = self.quantizer()?;
+        let (_, e) = quantizer.sizes();
+        let mut projected = Vec::with_capacity(b * n * e);
+        for image in array(features)?.chunks(n * d) {
+            let mut x = Matrix::<T>::new(n, d);
+            for (i, row) in image.chunks_exact(d).enumerate() {
+                x.row_mut(i).iter_mut().zip(row).for_each(|(out, &x)| *out = T::narrow(x));
+            }
+            projected.extend(quantizer.project(&x));
+        }
+        let indices = quantizer.nearest(&projected)?;
+        let codes: Vec<f32> =
+            indices.iter().flat_map(|&i| &quantizer.codes()[i as usize * e..][..e]).copied().collect();
+        let tokens: Vec<f32> = indices.chunks(n.max(1)).flat_map(|codes| quantizer.lookup(codes).to_vec()).collect();
+        let width_out = self.config.decoder.sizes(&self.config.encoder).vit.width;
+        Ok(Quantized {
+            tokens: tensor(tokens, &[b, n, width_out])?,
+            indices: Tensor::from_vec(indices, (b, n), &Device::Cpu)?,
+            projected: tensor(projected, &[b, n, e])?,
+            codes: tensor(codes, &[b, n, e])?,
+        })
+    }
+
+    fn decode_from_indices(&self, indices: &Tensor) -> Result<Tensor> {
+        let (b, h, w) = indices.dims3()?;
+        let indices = indices.flatten_all()?.to_vec1::<u32>()?;
+        self.check_indices(&indices)?;
+        let quantizer = self.quantizer()?;
+        self.paint(b, (h, w), |i| quantizer.lookup(&indices[i * h * w..][..h * w]))
+    }
+
+    fn decode(&self, tokens: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
+        let (b, n, d) = tokens.dims3()?;
+        let sizes = self.config.decoder.sizes(&self.config.encoder);
+        if n != grid.0 * grid.1 || d != sizes.vit.width {
+            candle_core::bail!("tokens {:?} do not fit a grid of {}×{}", tokens.dims(), grid.0, grid.1);
+        }
+        let tokens = array(tokens)?;
+        self.paint(b, grid, |i| {
+            let mut x = Matrix::new(n, d);
+            for (row, token) in tokens[i * n * d..][..n * d].chunks_exact(d).enumerate() {
+                x.row_mut(row).copy_from_slice(token);
+            }
+            x
+        })
+    }
+
+    fn codebook(&self) -> Result<Tensor> {
+        let quantizer = self.quantizer()?;
+        let (k, e) = quantizer.sizes();
+        tensor(quantizer.codes().to_vec(), &[k, e])
+    }
+}
+
+impl<T: Element> Network<T> {
+    /// Number N of tokens of such pixels.
+    fn tokens(&self, pixels: &Tensor) -> Result<usize> {
+        let (_, _, height, width) = pixels.dims4()?;
+        vit::grid(height, width, self.config.encoder.patch()).map(|(h, w)| h * w)
+    }
+}
