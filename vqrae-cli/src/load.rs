@@ -1,4 +1,5 @@
-//! Files are read on worker threads ahead of the model, through bounded channels, and arrive in their order.
+//! Files are read on worker threads ahead of the model and written on another behind it, through bounded channels, and in
+//! their order.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,7 +8,7 @@ use std::thread::Scope;
 
 use anyhow::{Context, Result};
 use vqrae::image::{self, Limits, Preprocessor, Rgb};
-use vqrae::{Device, Tensor};
+use vqrae::{Tensor, Vqrae};
 
 use crate::plan::Input;
 use crate::report::{Exit, Progress};
@@ -27,15 +28,22 @@ pub(crate) fn load(input: &Input, preprocessor: &Preprocessor, limits: &Limits) 
     Ok(Loaded { pixels: preprocessor.normalize(&image), image })
 }
 
-/// One batch of pixels, `[B, 3, H, W]`; the images are of one size.
-pub(crate) fn stack<'a>(images: impl IntoIterator<Item = &'a Loaded>, device: &Device) -> Result<Tensor> {
+/// One batch of pixels, `[B, 3, H, W]`, of images of one size. Where results could depend on the batch, the last one is
+/// filled up with black to the size of the others: take the first images of what comes out.
+pub(crate) fn stack<'a>(
+    images: impl ExactSizeIterator<Item = &'a Loaded>,
+    model: &Vqrae,
+    pace: Pace,
+) -> Result<Tensor> {
+    let count = if model.is_batch_invariant() { images.len() } else { images.len().max(pace.batch_size) };
     let mut pixels = Vec::new();
-    let mut shape = (0, 3, 0, 0);
+    let mut size = (0, 0);
     for loaded in images {
         pixels.extend_from_slice(&loaded.pixels);
-        shape = (shape.0 + 1, 3, loaded.image.height, loaded.image.width);
+        size = (loaded.image.height, loaded.image.width);
     }
-    Ok(Tensor::from_vec(pixels, shape, device)?)
+    pixels.resize(count * 3 * size.0 * size.1, 0.0);
+    Ok(Tensor::from_vec(pixels, (count, 3, size.0, size.1), model.device())?)
 }
 
 /// How a pass over files reads them.
@@ -45,34 +53,68 @@ pub(crate) struct Pace {
     pub(crate) batch_size: usize,
 }
 
-/// Reads `inputs` and hands them to `work` in batches, in order. A file that cannot be read is reported and left out;
-/// after Ctrl-C the batch at hand is the last.
-pub(crate) fn each_batch<T: Send>(
+/// What the thread that writes is told, in the order of the files.
+enum Event<'a, T, R> {
+    Unreadable(&'a Input, String),
+    Computed(Vec<(&'a Input, T)>, R),
+}
+
+/// Reads `inputs`, hands them to `compute` in batches, and what comes of each to `write` on a thread of its own, all in
+/// order. A file that cannot be read is reported and left out; after Ctrl-C the batch at hand is the last. Progress counts
+/// what is written.
+pub(crate) fn each_batch<T: Send, R: Send>(
     inputs: &[Input],
     pace: Pace,
     progress: &mut Progress,
     read: impl Fn(&Input) -> Result<T, String> + Sync,
-    mut work: impl FnMut(&[(&Input, T)]) -> Result<()>,
+    mut compute: impl FnMut(&[(&Input, T)]) -> Result<R>,
+    mut write: impl FnMut(&[(&Input, T)], R) -> Result<()> + Send,
 ) -> Result<Exit> {
     std::thread::scope(|scope| {
         let queues = spawn_readers(scope, inputs, pace, &read);
+        let (events, received) = sync_channel(1);
+        let writer = scope.spawn(move || {
+            for event in received {
+                match event {
+                    Event::Unreadable(input, reason) => progress.skip(input, &reason)?,
+                    Event::Computed(batch, result) => {
+                        write(&batch, result)?;
+                        progress.advance(batch.len());
+                    }
+                }
+            }
+            anyhow::Ok(())
+        });
+        let mut exit = Exit::Success;
         let mut batch = Vec::new();
         for (i, input) in inputs.iter().enumerate() {
             if interrupted() {
-                return Ok(Exit::Interrupted);
+                exit = Exit::Interrupted;
+                break;
             }
-            match queues[i % pace.workers].recv().context("a reading thread ended early")? {
-                Ok(loaded) => batch.push((input, loaded)),
-                Err(reason) => progress.skip(input, &reason)?,
+            let event = match queues[i % pace.workers].recv().context("a reading thread ended early")? {
+                Err(reason) => Some(Event::Unreadable(input, reason)),
+                Ok(loaded) => {
+                    batch.push((input, loaded));
+                    None
+                }
+            };
+            // A writer that hangs up has failed: its own error is the one to tell.
+            if event.is_some_and(|event| events.send(event).is_err()) {
+                break;
             }
             let last = i + 1 == inputs.len();
             if batch.len() == pace.batch_size || last && !batch.is_empty() {
-                work(&batch)?;
-                progress.advance(batch.len());
-                batch.clear();
+                let batch = std::mem::take(&mut batch);
+                let result = compute(&batch)?;
+                if events.send(Event::Computed(batch, result)).is_err() {
+                    break;
+                }
             }
         }
-        Ok(Exit::Success)
+        drop(events);
+        writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok(exit)
     })
 }
 

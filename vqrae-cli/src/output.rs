@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use vqrae::image::{Preprocessor, Rgb};
 use vqrae::{Error, Vqrae, codes, image};
@@ -50,7 +51,7 @@ impl Origin {
         Self {
             model_id: model.id().to_string(),
             preprocessing: preprocessing(preprocessor),
-            dtype: model.dtype().as_str().to_string(),
+            dtype: model.precision().to_string(),
         }
     }
 }
@@ -122,9 +123,10 @@ impl Output {
         match read(path) {
             Ok(origin) if origin == self.origin => Ok(true),
             Ok(origin) => bail!(
-                "{shown} was made by {origin}, but this run is {}; pass --if-exists overwrite to do it again, or choose \
+                "{shown} was made by {origin}, but this run is {}; pass --if-exists overwrite to do it again, {}choose \
                  another --output",
-                self.origin
+                self.origin,
+                self.as_before(&origin)
             ),
             // Damaged: made again.
             Err(_) => Ok(false),
@@ -142,11 +144,23 @@ impl Output {
             _ if self.if_exists == IfExists::Overwrite => Ok(()),
             Ok(origin) if origin == self.origin => Ok(()),
             Ok(origin) => bail!(
-                "{}: this folder holds the work of {origin}, but this run is {}; {next_step}",
+                "{}: this folder holds the work of {origin}, but this run is {}; {}{next_step}",
                 path.display(),
-                self.origin
+                self.origin,
+                self.as_before(&origin)
             ),
             Err(error) => bail!("{}: not a manifest of this program ({error}); {next_step}", path.display()),
+        }
+    }
+
+    /// How to go on in the number format of before, where that is all that differs.
+    fn as_before(&self, origin: &Origin) -> String {
+        let format = |dtype: &str| dtype.split('/').next().unwrap_or_default().to_string();
+        let (before, now) = (format(&origin.dtype), format(&self.origin.dtype));
+        if (Origin { dtype: self.origin.dtype.clone(), ..origin.clone() }) == self.origin && before != now {
+            format!("pass --dtype {before} to go on as before, ")
+        } else {
+            String::new()
         }
     }
 
@@ -210,6 +224,12 @@ pub(crate) fn save_png(path: &Path, image: &Rgb) -> Result<()> {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     }
     Ok(image::save_png(path, image).map_err(Error::from)?)
+}
+
+/// [`save_png`] for several images at once: packing them takes longer than painting them does.
+pub(crate) fn save_pngs<'a>(images: impl Iterator<Item = (PathBuf, &'a Rgb)>) -> Result<()> {
+    let images: Vec<_> = images.collect();
+    images.par_iter().try_for_each(|(path, image)| save_png(path, image))
 }
 
 /// The inputs that are still to do, and how many are done.

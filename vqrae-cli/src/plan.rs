@@ -25,8 +25,13 @@ pub(crate) struct ModelArgs {
     /// Where to compute: cpu, cuda, or cuda:1 for the second card
     #[arg(long, default_value = "cpu", value_name = "cpu|cuda")]
     device: DeviceName,
-    /// Number format to compute in
-    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    /// Number format to multiply in; sums are f32 and the nearest code is exact in any
+    ///
+    /// `auto` is bf16 where the processor multiplies bf16 numbers faster than f32 ones (AVX512-BF16, AMX, CUDA), and f32
+    /// elsewhere. `f32` is the reference: the same codes on every CPU with AVX2, AVX-512 or NEON. What was used is
+    /// recorded with the codes, and a folder is never continued in another. The environment variable VQRAE_CPU forces
+    /// the instructions: amx-bf16, avx512-bf16, avx512, avx2, neon or portable.
+    #[arg(long, value_enum, default_value_t = Precision::Auto)]
     dtype: Precision,
 }
 
@@ -34,9 +39,10 @@ impl ModelArgs {
     /// Opens the model.
     pub(crate) fn open(&self) -> Result<Vqrae> {
         let device = self.device.open()?;
+        let dtype = self.dtype.on(&device)?;
         match &self.model {
-            Some(folder) => Ok(Vqrae::from_pretrained(folder, &device, self.dtype.into())?),
-            None => shipped(&device, self.dtype.into()),
+            Some(folder) => Ok(Vqrae::from_pretrained(folder, &device, dtype)?),
+            None => shipped(&device, dtype),
         }
     }
 }
@@ -87,22 +93,27 @@ impl DeviceName {
 }
 
 #[derive(ValueEnum, Debug, Clone, Copy)]
-enum Precision {
+pub(crate) enum Precision {
+    /// bf16 where the processor is faster in it, else f32
+    Auto,
     #[value(alias = "fp32", alias = "float32")]
     F32,
     #[value(alias = "bfloat16")]
     Bf16,
+    /// On CUDA alone
     #[value(alias = "fp16", alias = "float16")]
     F16,
 }
 
-impl From<Precision> for vqrae::DType {
-    fn from(precision: Precision) -> Self {
-        match precision {
-            Precision::F32 => Self::F32,
-            Precision::Bf16 => Self::BF16,
-            Precision::F16 => Self::F16,
-        }
+impl Precision {
+    /// The number format on a device.
+    pub(crate) fn on(self, device: &Device) -> Result<vqrae::DType> {
+        Ok(match self {
+            Self::Auto => vqrae::auto_dtype(device)?,
+            Self::F32 => vqrae::DType::F32,
+            Self::Bf16 => vqrae::DType::BF16,
+            Self::F16 => vqrae::DType::F16,
+        })
     }
 }
 
@@ -115,7 +126,7 @@ pub(crate) struct InputArgs {
     /// Folder to write to
     #[arg(short, long, alias = "output_folder", alias = "output-folder", value_name = "OUT")]
     pub(crate) output: PathBuf,
-    /// Images that go through the model at once; in f32 on the CPU it changes the speed, never the result
+    /// Images that go through the model at once; on the CPU it changes the speed, never the result
     #[arg(long, alias = "batch_size", default_value = "16", value_name = "N")]
     batch_size: NonZeroUsize,
     /// Threads that decode images ahead of the model; by default as many as there are cores

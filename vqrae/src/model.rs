@@ -342,6 +342,11 @@ impl Vqrae {
         self.dtype
     }
 
+    /// Whether an image gives the same bits in any batch, as it does on the CPU but for candle-transformers' encoder.
+    pub fn is_batch_invariant(&self) -> bool {
+        matches!(self.stages, Stages::Packed(_))
+    }
+
     /// The number format and, where sums could differ, the arithmetic: models of one precision give the same bits.
     ///
     /// `f32` is one arithmetic on every CPU with AVX2, AVX-512 or NEON. The bf16 instructions of AVX-512 and of AMX round

@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 
 use super::product::Kernel;
 use super::{Isa, product};
+use crate::vectorised;
 
 /// A number in bfloat16: the upper half of an f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -159,9 +160,32 @@ impl<T: Element> Matrix<T> {
         self.data.as_mut_slice()
     }
 
+    /// Replaces row `i` by f32 numbers, rounded.
+    ///
+    /// # Panics
+    /// When there are not as many as columns: a bug in the caller, not in the input.
+    pub fn set_row(&mut self, i: usize, values: &[f32]) {
+        assert_eq!(values.len(), self.columns);
+        narrow(self.row_mut(i), values);
+    }
+
     /// All elements, row after row, in f32.
     pub fn to_vec(&self) -> Vec<f32> {
-        (0..self.rows).flat_map(|i| self.row(i)).map(|x| x.widen()).collect()
+        let mut values = vec![0.0; self.rows * self.columns];
+        for (i, row) in values.chunks_exact_mut(self.columns.max(1)).enumerate() {
+            widen(row, self.row(i));
+        }
+        values
+    }
+}
+
+vectorised! {
+    fn narrow[T: Element](out: &mut [T], values: &[f32]) {
+        out.iter_mut().zip(values).for_each(|(out, &x)| *out = T::narrow(x));
+    }
+
+    fn widen[T: Element](out: &mut [f32], values: &[T]) {
+        out.iter_mut().zip(values).for_each(|(out, x)| *out = x.widen());
     }
 }
 

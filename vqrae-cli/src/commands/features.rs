@@ -8,7 +8,7 @@ use vqrae::image::Preprocessor;
 use vqrae::{DType, Error, Tensor, Vqrae, codes};
 
 use super::{RUN_AGAIN, finish, start};
-use crate::load::{Loaded, each_batch, load, stack};
+use crate::load::{Loaded, Pace, each_batch, load, stack};
 use crate::output::{IfExists, Origin, Output, split_done};
 use crate::plan::{ImageArgs, Input, InputArgs, Kind, ModelArgs};
 use crate::report::Exit;
@@ -41,6 +41,7 @@ struct Job {
     model: Vqrae,
     preprocessor: Preprocessor,
     output: Output,
+    pace: Pace,
 }
 
 pub(crate) fn execute(args: Args) -> Result<Exit> {
@@ -48,13 +49,16 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
     let model = args.model.open()?;
     let preprocessor = args.images.preprocessor(&model)?;
     let output = Output::open(&args.inputs.output, &model, &preprocessor, args.if_exists)?;
-    let job = Job { model, preprocessor, output };
+    let pace = args.inputs.pace();
+    let job = Job { model, preprocessor, output, pace };
 
     let (left, resumed) = split_done(inputs.files, |input| job.output.has(&job.path(input), origin))?;
     let mut progress = start(&args.inputs, left.len(), resumed, &inputs.unreadable)?;
     let limits = args.images.limits();
     let read = |input: &Input| load(input, &job.preprocessor, &limits);
-    let exit = each_batch(&left, args.inputs.pace(), &mut progress, read, |batch| job.write(batch))?;
+    let compute = |batch: &[(&Input, Loaded)]| job.compute(batch);
+    let write = |batch: &[(&Input, Loaded)], features: Tensor| job.write(batch, &features);
+    let exit = each_batch(&left, pace, &mut progress, read, compute, write)?;
     finish(progress, exit, None, RUN_AGAIN)
 }
 
@@ -63,9 +67,13 @@ impl Job {
         self.output.path("features", &input.relative, "safetensors")
     }
 
-    fn write(&self, batch: &[(&Input, Loaded)]) -> Result<()> {
-        let pixels = stack(batch.iter().map(|(_, loaded)| loaded), self.model.device())?;
-        let features = self.model.encode(&pixels)?.to_dtype(DType::F32)?;
+    /// The features f32 `[B, N, D]` of one batch.
+    fn compute(&self, batch: &[(&Input, Loaded)]) -> Result<Tensor> {
+        let pixels = stack(batch.iter().map(|(_, loaded)| loaded), &self.model, self.pace)?;
+        Ok(self.model.encode(&pixels)?.to_dtype(DType::F32)?)
+    }
+
+    fn write(&self, batch: &[(&Input, Loaded)], features: &Tensor) -> Result<()> {
         for (i, (input, _)) in batch.iter().enumerate() {
             codes::write_whole(self.path(input), &self.file(&features.get(i)?, input)?)?;
         }

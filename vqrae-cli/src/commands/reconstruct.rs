@@ -8,8 +8,8 @@ use vqrae::image::{Preprocessor, Rgb};
 use vqrae::{Error, Tensor, Vqrae, metrics};
 
 use super::{beside, finish, start, to_images, write_sheet};
-use crate::load::{Loaded, each_batch, load, stack};
-use crate::output::save_png;
+use crate::load::{Loaded, Pace, each_batch, load, stack};
+use crate::output::save_pngs;
 use crate::plan::{ImageArgs, Input, InputArgs, Kind, ModelArgs};
 use crate::report::Exit;
 use crate::sheet;
@@ -42,6 +42,12 @@ struct Job {
     model: Vqrae,
     preprocessor: Preprocessor,
     output: PathBuf,
+    pace: Pace,
+}
+
+/// What is remembered of the images.
+#[derive(Default)]
+struct Seen {
     /// Originals and reconstructions for the sheet.
     pairs: Vec<(Rgb, Rgb)>,
     /// The PSNR of every image.
@@ -60,20 +66,25 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
     let preprocessor = args.images.preprocessor(&model)?;
     let output = args.inputs.output.clone();
     std::fs::create_dir_all(&output).map_err(Error::io(&output))?;
-    let mut job = Job { model, preprocessor, output, pairs: Vec::new(), psnr: Vec::new() };
+    let pace = args.inputs.pace();
+    let job = Job { model, preprocessor, output, pace };
+    let mut seen = Seen::default();
 
     let mut progress = start(&args.inputs, code_files.len() + images.len(), 0, &inputs.unreadable)?;
-    let pace = args.inputs.pace();
-    let mut exit = each_batch(&code_files, pace, &mut progress, read_codes, |batch| job.write_codes(batch))?;
+    let compute = |batch: &[(&Input, Codes)]| job.decode_codes(batch);
+    let write = |batch: &[(&Input, Codes)], decoded| job.write_codes(batch, decoded);
+    let mut exit = each_batch(&code_files, pace, &mut progress, read_codes, compute, write)?;
     if exit == Exit::Success {
-        let (preprocessor, limits) = (job.preprocessor.clone(), args.images.limits());
-        let read = |input: &Input| load(input, &preprocessor, &limits);
-        exit = each_batch(&images, pace, &mut progress, read, |batch| job.write_images(batch))?;
+        let limits = args.images.limits();
+        let read = |input: &Input| load(input, &job.preprocessor, &limits);
+        let compute = |batch: &[(&Input, Loaded)]| job.decode_images(batch);
+        let write = |batch: &[(&Input, Loaded)], decoded: Tensor| job.write_images(batch, &decoded, &mut seen);
+        exit = each_batch(&images, pace, &mut progress, read, compute, write)?;
     }
     if let (Some(path), Exit::Success) = (&args.sheet, exit) {
-        write_sheet(path, &job.pairs, images.len())?;
+        write_sheet(path, &seen.pairs, images.len())?;
     }
-    finish(progress, exit, job.mean_psnr(), "the same command starts from the beginning")
+    finish(progress, exit, seen.mean_psnr(), "the same command starts from the beginning")
 }
 
 fn read_codes(input: &Input) -> Result<Codes, String> {
@@ -100,45 +111,53 @@ fn refuse_same_pictures(code_files: &[Input], images: &[Input]) -> Result<()> {
 }
 
 impl Job {
-    fn write_codes(&mut self, batch: &[(&Input, Codes)]) -> Result<()> {
+    /// Decodes codes, those of one grid together: a model may take images of several sizes, so codes of several grids can
+    /// meet in one folder.
+    fn decode_codes(&self, batch: &[(&Input, Codes)]) -> Result<Vec<Tensor>> {
         for (input, codes) in batch {
             codes.check_model(&input.path, self.model.id())?;
         }
-        // A model may take images of several sizes, so codes of several grids can meet in one folder.
-        for alike in batch.chunk_by(|(_, a), (_, b)| (a.h, a.w) == (b.h, b.w)) {
+        let decode = |alike: &[(&Input, Codes)]| {
             let (h, w) = (alike[0].1.h, alike[0].1.w);
             let indices = alike.iter().flat_map(|(_, codes)| codes.indices.iter().copied()).collect();
             let indices = Tensor::from_vec::<_, u32>(indices, (alike.len(), h, w), self.model.device())?;
-            let images = self.decode(&indices)?;
-            for ((input, _), image) in alike.iter().zip(&images) {
-                save_png(&self.picture(input), image)?;
-            }
-        }
-        Ok(())
+            Ok(self.model.decode_from_indices(&indices)?)
+        };
+        batch.chunk_by(|(_, a), (_, b)| (a.h, a.w) == (b.h, b.w)).map(decode).collect()
     }
 
-    fn write_images(&mut self, batch: &[(&Input, Loaded)]) -> Result<()> {
-        let pixels = stack(batch.iter().map(|(_, loaded)| loaded), self.model.device())?;
-        let images = self.decode(&self.model.encode_to_indices(&pixels)?)?;
-        for ((input, loaded), image) in batch.iter().zip(images) {
-            save_png(&self.picture(input), &image)?;
+    fn write_codes(&self, batch: &[(&Input, Codes)], decoded: Vec<Tensor>) -> Result<()> {
+        let mut images = Vec::new();
+        for decoded in decoded {
+            images.extend(to_images(&decoded, &self.preprocessor)?);
+        }
+        save_pngs(batch.iter().map(|(input, _)| self.picture(input)).zip(&images))
+    }
+
+    fn decode_images(&self, batch: &[(&Input, Loaded)]) -> Result<Tensor> {
+        let pixels = stack(batch.iter().map(|(_, loaded)| loaded), &self.model, self.pace)?;
+        Ok(self.model.decode_from_indices(&self.model.encode_to_indices(&pixels)?)?)
+    }
+
+    fn write_images(&self, batch: &[(&Input, Loaded)], decoded: &Tensor, seen: &mut Seen) -> Result<()> {
+        let images = to_images(decoded, &self.preprocessor)?;
+        save_pngs(batch.iter().map(|(input, _)| self.picture(input)).zip(&images))?;
+        for ((_, loaded), image) in batch.iter().zip(images) {
             let original = beside(&loaded.image, &image, &self.preprocessor)?;
-            self.psnr.extend(metrics::psnr(&original, &image));
-            if self.pairs.len() < sheet::MOST {
-                self.pairs.push((original, image));
+            seen.psnr.extend(metrics::psnr(&original, &image));
+            if seen.pairs.len() < sheet::MOST {
+                seen.pairs.push((original, image));
             }
         }
         Ok(())
-    }
-
-    fn decode(&self, indices: &Tensor) -> Result<Vec<Rgb>> {
-        to_images(&self.model.decode_from_indices(indices)?, &self.preprocessor)
     }
 
     fn picture(&self, input: &Input) -> PathBuf {
         picture(&self.output, &stem(input))
     }
+}
 
+impl Seen {
     fn mean_psnr(&self) -> Option<f64> {
         (!self.psnr.is_empty()).then(|| self.psnr.iter().sum::<f64>() / self.psnr.len() as f64)
     }

@@ -9,8 +9,8 @@ use vqrae::image::{Limits, Preprocessor, Rgb};
 use vqrae::{Tensor, Vqrae};
 
 use super::{RUN_AGAIN, beside, finish, start, to_images, write_sheet};
-use crate::load::{Loaded, each_batch, load, stack};
-use crate::output::{IfExists, Origin, Output, save_png, split_done};
+use crate::load::{Loaded, Pace, each_batch, load, stack};
+use crate::output::{IfExists, Origin, Output, save_pngs, split_done};
 use crate::plan::{ImageArgs, Input, InputArgs, Kind, ModelArgs};
 use crate::report::Exit;
 use crate::sheet;
@@ -74,6 +74,7 @@ struct Job {
     output: Output,
     extension: &'static str,
     reconstruct: bool,
+    pace: Pace,
 }
 
 pub(crate) fn execute(args: Args) -> Result<Exit> {
@@ -82,13 +83,16 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
     let preprocessor = args.images.preprocessor(&model)?;
     let output = Output::open(&args.inputs.output, &model, &preprocessor, args.if_exists)?;
     let (extension, reconstruct) = (Format::from(args.output_format).extension(), args.reconstruct);
-    let job = Job { model, preprocessor, limits: args.images.limits(), output, extension, reconstruct };
+    let (limits, pace) = (args.images.limits(), args.inputs.pace());
+    let job = Job { model, preprocessor, limits, output, extension, reconstruct, pace };
 
     let all = inputs.files.clone();
     let (left, resumed) = split_done(inputs.files, |input| job.is_done(input))?;
     let mut progress = start(&args.inputs, left.len(), resumed, &inputs.unreadable)?;
     let read = |input: &Input| load(input, &job.preprocessor, &job.limits);
-    let exit = each_batch(&left, args.inputs.pace(), &mut progress, read, |batch| job.write(batch))?;
+    let compute = |batch: &[(&Input, Loaded)]| job.compute(batch);
+    let write = |batch: &[(&Input, Loaded)], computed| job.write(batch, computed);
+    let exit = each_batch(&left, pace, &mut progress, read, compute, write)?;
     if let (Some(path), Exit::Success) = (&args.sheet, exit) {
         write_sheet(path, &job.pairs(&all)?, all.len())?;
     }
@@ -108,15 +112,19 @@ impl Job {
         Ok(self.output.has(&self.code_file(input), origin)? && (!self.reconstruct || self.picture(input).exists()))
     }
 
-    /// Tokenizes one batch and writes its files, the code file last: where it is, the image is done.
-    fn write(&self, batch: &[(&Input, Loaded)]) -> Result<()> {
-        let pixels = stack(batch.iter().map(|(_, loaded)| loaded), self.model.device())?;
+    /// The codes u32 `[B, h, w]` of one batch and, if wished, what they decode to.
+    fn compute(&self, batch: &[(&Input, Loaded)]) -> Result<(Tensor, Option<Tensor>)> {
+        let pixels = stack(batch.iter().map(|(_, loaded)| loaded), &self.model, self.pace)?;
         let indices = self.model.encode_to_indices(&pixels)?;
-        if self.reconstruct {
-            let images = to_images(&self.model.decode_from_indices(&indices)?, &self.preprocessor)?;
-            for ((input, _), image) in batch.iter().zip(&images) {
-                save_png(&self.picture(input), image)?;
-            }
+        let decoded = self.reconstruct.then(|| self.model.decode_from_indices(&indices)).transpose()?;
+        Ok((indices, decoded))
+    }
+
+    /// Writes the files of one batch, the code file last: where it is, the image is done.
+    fn write(&self, batch: &[(&Input, Loaded)], (indices, decoded): (Tensor, Option<Tensor>)) -> Result<()> {
+        if let Some(decoded) = decoded {
+            let images = to_images(&decoded, &self.preprocessor)?;
+            save_pngs(batch.iter().map(|(input, _)| self.picture(input)).zip(&images))?;
         }
         for (i, (input, _)) in batch.iter().enumerate() {
             self.codes(&indices.get(i)?, input)?.write(self.code_file(input))?;

@@ -73,7 +73,7 @@ pub struct Codes {
     pub source: String,
     /// How the image was prepared, as [`Preprocessor::tag`](crate::image::Preprocessor::tag) says it.
     pub preprocessing: String,
-    /// The number format that the model computed in: `f32`, `bf16` or `f16`.
+    /// What the model computed in, as [`crate::Vqrae::precision`] says it: `f32`, `bf16/avx512-bf16`, …
     pub dtype: String,
 }
 

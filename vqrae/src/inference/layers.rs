@@ -1,5 +1,7 @@
 //! The blocks of [`crate::vit`] with packed weights.
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 use vqrae_kernels::cpu::{Element, End, Isa, Matrix, Packed, attention, layer_norm, linear};
@@ -97,6 +99,8 @@ pub(super) struct Vit<T> {
     blocks: Vec<Block<T>>,
     config: vit::Config,
     isa: Isa,
+    /// What images done before have left, for those to come: fresh memory costs time.
+    spare: Mutex<Vec<Scratch<T>>>,
 }
 
 /// What the blocks need besides the tokens of an image, used again from block to block.
@@ -110,18 +114,13 @@ impl<T: Element> Vit<T> {
     /// Loads `layers.0 ..` from `vb`; of the tensors themselves, one block's are in memory at a time.
     pub(super) fn load(vb: VarBuilder, config: &vit::Config, isa: Isa) -> Result<Self> {
         let blocks = vit::blocks(vb, config).map(|block| Block::pack(&block?, isa)).collect::<Result<_>>()?;
-        Ok(Self { blocks, config: *config, isa })
+        Ok(Self { blocks, config: *config, isa, spare: Mutex::default() })
     }
 
     /// Every block in turn, on the tokens `[N, D]` of one image; `seen` is shown what goes into the first block and what
     /// comes out of each.
     pub(super) fn run(&self, x: &mut Matrix<f32>, mut seen: impl FnMut(&Matrix<f32>)) {
-        let (n, d) = (x.rows(), x.columns());
-        let mut scratch = Scratch::<T> {
-            normed: Matrix::new(n, d),
-            qkv: Matrix::new(n, 3 * d),
-            hidden: Matrix::new(n, self.config.mlp_width),
-        };
+        let mut scratch = self.scratch(x.rows());
         seen(x);
         for block in &self.blocks {
             let Scratch { normed, qkv, hidden } = &mut scratch;
@@ -134,5 +133,17 @@ impl<T: Element> Vit<T> {
             block.fc2.run(hidden, End::Add(x));
             seen(x);
         }
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
+    }
+
+    fn scratch(&self, n: usize) -> Scratch<T> {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        // Images of another size come in their turn: what fits none of them any more goes.
+        spare.retain(|scratch| scratch.normed.rows() == n);
+        spare.pop().unwrap_or_else(|| Scratch {
+            normed: Matrix::new(n, self.config.width),
+            qkv: Matrix::new(n, 3 * self.config.width),
+            hidden: Matrix::new(n, self.config.mlp_width),
+        })
     }
 }

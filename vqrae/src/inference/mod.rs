@@ -168,14 +168,12 @@ impl<T: Element> Inference for Network<T> {
         let mut projected = Vec::with_capacity(b * n * e);
         for image in array(features)?.chunks(n * d) {
             let mut x = Matrix::<T>::new(n, d);
-            for (i, row) in image.chunks_exact(d).enumerate() {
-                x.row_mut(i).iter_mut().zip(row).for_each(|(out, &x)| *out = T::narrow(x));
-            }
+            image.chunks_exact(d).enumerate().for_each(|(i, row)| x.set_row(i, row));
             projected.extend(quantizer.project(&x));
         }
         let indices = quantizer.nearest(&projected)?;
-        let codes: Vec<f32> =
-            indices.iter().flat_map(|&i| &quantizer.codes()[i as usize * e..][..e]).copied().collect();
+        let mut codes = Vec::with_capacity(b * n * e);
+        indices.iter().for_each(|&i| codes.extend_from_slice(&quantizer.codes()[i as usize * e..][..e]));
         let tokens: Vec<f32> = indices.chunks(n.max(1)).flat_map(|codes| quantizer.lookup(codes).to_vec()).collect();
         let width_out = self.config.decoder.sizes(&self.config.encoder).vit.width;
         Ok(Quantized {
@@ -203,9 +201,8 @@ impl<T: Element> Inference for Network<T> {
         let tokens = array(tokens)?;
         self.paint(b, grid, |i| {
             let mut x = Matrix::new(n, d);
-            for (row, token) in tokens[i * n * d..][..n * d].chunks_exact(d).enumerate() {
-                x.row_mut(row).copy_from_slice(token);
-            }
+            let tokens = tokens[i * n * d..][..n * d].chunks_exact(d);
+            tokens.enumerate().for_each(|(row, token)| x.set_row(row, token));
             x
         })
     }

@@ -52,9 +52,7 @@ impl<T: Element> Encoder<T> {
     ) -> Matrix<f32> {
         let (n, d) = (grid.0 * grid.1, self.patch_embedding.width());
         let mut x = Matrix::new(n, d);
-        for (i, row) in positions.chunks_exact(d).enumerate() {
-            x.row_mut(i).copy_from_slice(row);
-        }
+        positions.chunks_exact(d).enumerate().for_each(|(i, row)| x.set_row(i, row));
         self.patch_embedding.run(&patches(pixels, grid, self.patch), End::Add(&mut x));
         self.blocks.run(&mut x, seen);
         x
@@ -65,7 +63,7 @@ impl<T: Element> Encoder<T> {
         let mut out = Matrix::new(x.rows(), x.columns());
         match &self.norm {
             Some(norm) => norm.run(x, &mut out),
-            None => (0..x.rows()).for_each(|i| narrow(out.row_mut(i), x.row(i))),
+            None => (0..x.rows()).for_each(|i| out.set_row(i, x.row(i))),
         }
         out
     }
@@ -75,18 +73,15 @@ impl<T: Element> Encoder<T> {
 fn patches<T: Element>(pixels: &[f32], (h, w): (usize, usize), p: usize) -> Matrix<T> {
     let (height, width) = (h * p, w * p);
     let mut out = Matrix::new(h * w, 3 * p * p);
+    let mut patch = vec![0f32; 3 * p * p];
     for (i, j) in (0..h).flat_map(|i| (0..w).map(move |j| (i, j))) {
-        let patch = out.row_mut(i * w + j);
-        for (line, out) in patch.chunks_exact_mut(p).enumerate() {
+        for (line, values) in patch.chunks_exact_mut(p).enumerate() {
             let (channel, y) = (line / p, i * p + line % p);
-            narrow(out, &pixels[(channel * height + y) * width + j * p..][..p]);
+            values.copy_from_slice(&pixels[(channel * height + y) * width + j * p..][..p]);
         }
+        out.set_row(i * w + j, &patch);
     }
     out
-}
-
-fn narrow<T: Element>(out: &mut [T], x: &[f32]) {
-    out.iter_mut().zip(x).for_each(|(out, &x)| *out = T::narrow(x));
 }
 
 /// Features to codes, and codes to the decoder's tokens.
@@ -149,7 +144,7 @@ impl<T: Element> Quantizer<T> {
         let width = self.search.width();
         let mut codes = Matrix::<T>::new(indices.len(), width);
         for (i, &index) in indices.iter().enumerate() {
-            narrow(codes.row_mut(i), &self.codes()[index as usize * width..][..width]);
+            codes.set_row(i, &self.codes()[index as usize * width..][..width]);
         }
         let mut tokens = Matrix::new(indices.len(), self.linear_out.width());
         self.linear_out.run(&codes, End::Wide(&mut tokens));
@@ -166,7 +161,7 @@ fn transformed(parts: &quantizer::SimVq, isa: Isa) -> Result<Vec<f32>> {
     let mut codes = Vec::with_capacity(parts.codebook.elem_count());
     for rows in values(&parts.codebook)?.chunks(CODES * width) {
         let mut x = Matrix::new(rows.len() / width, width);
-        rows.chunks_exact(width).enumerate().for_each(|(i, row)| x.row_mut(i).copy_from_slice(row));
+        rows.chunks_exact(width).enumerate().for_each(|(i, row)| x.set_row(i, row));
         let mut out = Matrix::new(x.rows(), width);
         layer.run(&x, End::Wide(&mut out));
         codes.extend(out.to_vec());
@@ -221,7 +216,7 @@ impl<T: Element> Decoder<T> {
         let mut normed = Matrix::<T>::new(x.rows(), x.columns());
         match &self.norm {
             Some(norm) => norm.run(&x, &mut normed),
-            None => (0..x.rows()).for_each(|i| narrow(normed.row_mut(i), x.row(i))),
+            None => (0..x.rows()).for_each(|i| normed.set_row(i, x.row(i))),
         }
         let mut patches = Matrix::<f32>::new(x.rows(), self.head.width());
         self.head.run(&normed, End::Wide(&mut patches));

@@ -124,6 +124,7 @@ fn multiplies() -> bool {
 /// As [`super::Kernel`]; AMX must be present and permitted.
 pub(super) unsafe fn multiply(block: &Block<Bf16>) {
     let mut configured = (0, 0);
+    let mut waste = [0f32; TILE * PANEL];
     for depth in (0..block.inner).step_by(DEPTH) {
         let steps = (block.inner - depth).min(DEPTH).div_ceil(WIDTH);
         for row in (0..block.rows).step_by(2 * TILE) {
@@ -139,7 +140,7 @@ pub(super) unsafe fn multiply(block: &Block<Bf16>) {
             }
             for panel in (0..block.panels).step_by(2) {
                 // SAFETY: rows, panels and depth stay within the block.
-                unsafe { tiles(block, row, lower > 0, panel, depth, steps) };
+                unsafe { tiles(block, row, lower > 0, panel, depth, steps, &mut waste) };
             }
         }
     }
@@ -150,8 +151,15 @@ pub(super) unsafe fn multiply(block: &Block<Bf16>) {
 }
 
 /// Two by two tiles of sums, over `steps` steps of the inner dimension from `depth` on; added to `c` but for the first.
-unsafe fn tiles(block: &Block<Bf16>, row: usize, has_lower: bool, panel: usize, depth: usize, steps: usize) {
-    let mut waste = [0f32; TILE * PANEL];
+unsafe fn tiles(
+    block: &Block<Bf16>,
+    row: usize,
+    has_lower: bool,
+    panel: usize,
+    depth: usize,
+    steps: usize,
+    waste: &mut [f32; TILE * PANEL],
+) {
     let has_right = panel + 1 < block.panels;
     // SAFETY: within the block, as the caller promises; where there is no second row or column of tiles, the first is read
     // again and `waste`, which holds a whole tile, is written.
