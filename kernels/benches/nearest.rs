@@ -1,10 +1,12 @@
 //! Time, arithmetic rate, candidates and peak memory of the search, against a full matrix of scores.
 //!
 //! ```text
-//! cargo bench -p vqrae-kernels -- [--n N] [--k K] [--d D] [--metric euclidean|cosine] [--cone] [--no-matrix]
+//! cargo bench -p vqrae-kernels --bench nearest -- [--n N] [--k K] [--d D] [--metric euclidean|cosine] [--cone]
+//!     [--isa NAME] [--precision bf16|f32] [--no-matrix]
 //! ```
 //!
 //! `--cone` gives all tokens and codes a common direction, as untrained encoders do. \
+//! `--isa` and `--precision` choose how codes are screened, instead of `VQRAE_CPU` and the library's own choice. \
 //! Without `--d` the widths 32, 64, 256 and 1536 are run in turn. The matrix is the `gemm` crate on all
 //! threads into N × K f32 scores, then an argmax over rows: what the search replaces. It is skipped above
 //! 4 GiB, so `--n 262144` shows the search's own memory.
@@ -15,6 +17,8 @@ use std::time::{Duration, Instant};
 
 use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
+use vqrae_kernels::cpu::Isa;
+use vqrae_kernels::nearest::Precision;
 use vqrae_kernels::{Codebook, Metric};
 
 /// Runs whose fastest is reported.
@@ -26,6 +30,8 @@ struct Options {
     widths: Vec<usize>,
     metric: Metric,
     cone: bool,
+    isa: Isa,
+    precision: Option<Precision>,
     matrix: bool,
 }
 
@@ -36,6 +42,8 @@ fn options() -> Options {
         widths: vec![32, 64, 256, 1536],
         metric: Metric::Cosine,
         cone: false,
+        isa: Isa::detect().unwrap_or_else(|error| panic!("{error}")),
+        precision: None,
         matrix: true,
     };
     let mut words = std::env::args().skip(1);
@@ -50,6 +58,14 @@ fn options() -> Options {
                     "euclidean" => Metric::Euclidean,
                     "cosine" => Metric::Cosine,
                     other => panic!("unknown metric {other}"),
+                }
+            }
+            "--isa" => options.isa = Isa::named(&value()).unwrap_or_else(|error| panic!("{error}")),
+            "--precision" => {
+                options.precision = match value().as_str() {
+                    "bf16" => Some(Precision::Bf16),
+                    "f32" => Some(Precision::F32),
+                    other => panic!("unknown precision {other}"),
                 }
             }
             "--cone" => options.cone = true,
@@ -142,7 +158,7 @@ fn matrix_argmax(z: &[f32], rows: &[f32], bias: &[f32], d: usize) -> Vec<u32> {
 }
 
 fn bench(options: &Options, d: usize) {
-    let &Options { n, k, metric, cone, matrix, .. } = options;
+    let &Options { n, k, metric, cone, isa, matrix, .. } = options;
     let draw = |count: usize, seed| {
         let mut rows = values(count * d, seed);
         if cone {
@@ -154,7 +170,8 @@ fn bench(options: &Options, d: usize) {
     let (prepare, codebook) = {
         let rows = draw(k, 2);
         let start = Instant::now();
-        let codebook = Codebook::new(rows, d, metric).expect("a finite codebook");
+        let precision = options.precision.unwrap_or(Precision::for_width(d, isa));
+        let codebook = Codebook::screened(rows, d, metric, isa, precision).expect("a finite codebook");
         (start.elapsed(), codebook)
     };
     reset_peak();
@@ -162,11 +179,16 @@ fn bench(options: &Options, d: usize) {
     let (time, (codes, stats)) = fastest(|| codebook.nearest_with_stats(&z).expect("finite tokens"));
     let peak = peak_mebibytes();
     let gflops = 2.0 * (n * k * d) as f64 / time.as_secs_f64() / 1e9;
+    let screening = match codebook.screening() {
+        Some((isa, precision)) => format!("{precision:?} {}", isa.name()),
+        None => "none".to_string(),
+    };
     print!(
-        "N {n}  K {k}  D {d}  prepare {:.1} ms  search {:.1} ms  {gflops:.0} GFLOP/s  {:.4} candidates a token  {} fallback",
+        "N {n}  K {k}  D {d}  {screening}  prepare {:.1} ms  search {:.1} ms  {gflops:.0} GFLOP/s  {:.4} candidates a token  {} again  {} fallback",
         prepare.as_secs_f64() * 1e3,
         time.as_secs_f64() * 1e3,
         stats.candidates as f64 / stats.rows as f64,
+        stats.rescreened_rows,
         stats.fallback_rows,
     );
     if let (Some(resident), Some(peak)) = (resident, peak) {

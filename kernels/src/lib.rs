@@ -6,8 +6,8 @@
 //! token and the codebook alone: not on the batch it came in, the thread count or the machine.
 //!
 //! 1. [`Codebook::new`] checks and prepares the codes, once.
-//! 2. [`Codebook::nearest`] screens all K codes in f32 with a proven error bound and scores only the few
-//!    survivors in binary64. The N × K score matrix never exists.
+//! 2. [`Codebook::nearest`] screens all K codes in bf16 or f32 with a proven error bound and scores only the
+//!    few survivors in binary64. The N × K score matrix never exists.
 //! 3. [`Codebook::nearest_reference`] is the contract as a plain loop; every test compares with it.
 //!
 //! [`cpu`] is the transformer for inference on a processor: products against packed weights in bf16 or f32 on the best

@@ -16,16 +16,23 @@
 //! Scores are compared as numbers, so -0 equals +0. A NaN or an infinity in z is an error, never a code.
 //! A token of zeros scores b_k everywhere: under the cosine metric it gets code 0.
 
+mod bound;
+mod prepare;
 mod screen;
 mod simd;
 #[cfg(test)]
 mod tests;
 
+use std::sync::OnceLock;
+
+use bound::Screened;
+use prepare::Layout;
 use rayon::prelude::*;
-use screen::{Scratch, Screen};
+use screen::{Candidate, Scratch, Screen, Survivors};
 use simd::Simd;
 
 use crate::Error;
+use crate::cpu::{Bf16, Isa};
 
 /// How a code is ranked against a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +41,26 @@ pub enum Metric {
     Euclidean,
     /// Largest cosine; the codebook's rows are normalised when it is built.
     Cosine,
+}
+
+/// What codes are screened in before binary64 decides. It changes the time of a search, never its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Half the memory of f32, and twice its speed where the processor has instructions for it; more candidates.
+    Bf16,
+    /// The precision of the codes themselves.
+    F32,
+}
+
+/// Width from which codes are screened in bf16 on processors that multiply it faster than f32. The few dimensions of
+/// narrower codes leave many of them within the bound of bf16, and scoring these costs more than its products save.
+const BF16_WIDTH: usize = 16;
+
+impl Precision {
+    /// The faster one for codes of width `d`, which [`Codebook::new`] takes.
+    pub fn for_width(d: usize, isa: Isa) -> Self {
+        if isa.has_bf16() && d >= BF16_WIDTH { Self::Bf16 } else { Self::F32 }
+    }
 }
 
 /// What a search did, summed over its tokens.
@@ -47,6 +74,8 @@ pub struct Stats {
     pub candidates: usize,
     /// Tokens with two candidates or more, decided by binary64 scores of these.
     pub rescored_rows: usize,
+    /// Tokens that bf16 could not screen and f32 screened again.
+    pub rescreened_rows: usize,
     /// Tokens scored in binary64 against every code: values near the end of the f32 range, or more
     /// near-ties than the candidate list holds.
     pub fallback_rows: usize,
@@ -58,6 +87,7 @@ impl Stats {
             rows: self.rows + other.rows,
             candidates: self.candidates + other.candidates,
             rescored_rows: self.rescored_rows + other.rescored_rows,
+            rescreened_rows: self.rescreened_rows + other.rescreened_rows,
             fallback_rows: self.fallback_rows + other.fallback_rows,
         }
     }
@@ -65,8 +95,9 @@ impl Stats {
 
 /// K codes of width D, prepared for searching.
 ///
-/// Holds the rows as searched and one screening copy of them (centred, duplicates folded, tiled), so twice
-/// the codebook's size. A search needs, beyond its input and output, one tile of scores per thread.
+/// Holds the rows as searched and a screening copy of them (centred, duplicates folded, packed) in bf16 or f32, so 1.5
+/// times or twice the codebook's size; a copy in f32 joins one in bf16 once that turns out too coarse for the tokens. A
+/// search needs, beyond its input and output, one block of tokens and some of their scores per thread.
 #[derive(Clone, Debug)]
 pub struct Codebook {
     rows: Vec<f32>,
@@ -77,9 +108,41 @@ pub struct Codebook {
     /// The code of a token of zeros.
     origin: u32,
     simd: Simd,
-    /// `None` where no f32 bound holds; every token then falls back.
-    screen: Option<Screen>,
+    isa: Isa,
+    screen: Screening,
 }
+
+/// The copies of the codes that are screened.
+#[derive(Clone, Debug)]
+enum Screening {
+    /// In bf16, and in f32 once many tokens needed it (`None` in it where no bound holds).
+    Bf16(Screen<Bf16>, OnceLock<Option<Screen<f32>>>),
+    F32(Screen<f32>),
+    /// No bound holds: every token falls back.
+    None,
+}
+
+impl Screening {
+    fn new(rows: &[f32], bias: &[f64], width: usize, isa: Isa, simd: Simd, precision: Precision) -> Self {
+        let layout = Layout::new(rows, bias, width);
+        let screening = match precision {
+            Precision::Bf16 => {
+                Screen::new(rows, bias, &layout, isa, simd).map(|screen| Self::Bf16(screen, OnceLock::new()))
+            }
+            Precision::F32 => Screen::new(rows, bias, &layout, isa, simd).map(Self::F32),
+        };
+        screening.unwrap_or(Self::None)
+    }
+}
+
+/// Tokens of one search that bf16 cannot screen before a copy in f32 is worth its making.
+const MANY: usize = 32;
+
+/// Tokens that are gathered to be screened again at a time.
+const GATHERED: usize = 4096;
+
+/// Stands in the place of a code that screening did not find. No index is as large: `new` checked K.
+const REFUSED: u32 = u32::MAX;
 
 impl Codebook {
     /// Checks `rows` and prepares them; for [`Metric::Cosine`] each is divided by its norm (taken in
@@ -90,35 +153,37 @@ impl Codebook {
     ///
     /// # Errors
     /// If K or `d` is zero, K exceeds `u32::MAX`, the values do not divide into rows, or a row is not
-    /// finite.
+    /// finite; or if `VQRAE_CPU` names instructions that this machine has not.
     pub fn new(rows: Vec<f32>, d: usize, metric: Metric) -> Result<Self, Error> {
-        let codes = count_rows(&rows, d)?;
-        if codes == 0 {
-            return Err(Error::NoCodes);
-        }
-        if u32::try_from(codes).is_err() {
-            return Err(Error::TooManyCodes { codes });
-        }
-        if let Some(row) = first_non_finite(&rows, d) {
-            return Err(Error::NonFiniteCode { row });
-        }
-        Ok(Self::prepare(rows, d, metric, Simd::detect()))
+        let isa = Isa::detect()?;
+        Self::screened(rows, d, metric, isa, Precision::for_width(d, isa))
     }
 
-    fn prepare(mut rows: Vec<f32>, width: usize, metric: Metric, simd: Simd) -> Self {
+    /// [`Codebook::new`] with the instructions and the precision of screening given: for tests and benches, since
+    /// neither changes an answer.
+    ///
+    /// # Errors
+    /// As [`Codebook::new`], whatever `VQRAE_CPU` says.
+    pub fn screened(
+        mut rows: Vec<f32>,
+        d: usize,
+        metric: Metric,
+        isa: Isa,
+        precision: Precision,
+    ) -> Result<Self, Error> {
+        check_codes(&rows, d)?;
+        let simd = Simd::detect();
         if metric == Metric::Cosine {
-            rows.par_chunks_mut(width).for_each(|row| normalise(row, simd));
+            rows.par_chunks_mut(d).for_each(|row| normalise(row, simd));
         }
-        let bias = rows
-            .par_chunks(width)
-            .map(|row| match metric {
-                Metric::Euclidean => -simd.dot64(row, row) / 2.0,
-                Metric::Cosine => 0.0,
-            })
-            .collect::<Vec<_>>();
+        let score = |row: &[f32]| match metric {
+            Metric::Euclidean => -simd.dot64(row, row) / 2.0,
+            Metric::Cosine => 0.0,
+        };
+        let bias = rows.par_chunks(d).map(score).collect::<Vec<_>>();
         let origin = best(bias.iter().copied().zip(0..));
-        let screen = Screen::new(&rows, &bias, width, simd);
-        Self { rows, width, metric, bias, origin, simd, screen }
+        let screen = Screening::new(&rows, &bias, d, isa, simd, precision);
+        Ok(Self { rows, width: d, metric, bias, origin, simd, isa, screen })
     }
 
     /// The number of codes, K; never zero.
@@ -135,6 +200,16 @@ impl Codebook {
     /// How codes are ranked.
     pub fn metric(&self) -> Metric {
         self.metric
+    }
+
+    /// The instructions that screen codes and the precision they do it in; `None` where values near the end of the f32
+    /// range leave all to binary64.
+    pub fn screening(&self) -> Option<(Isa, Precision)> {
+        match self.screen {
+            Screening::Bf16(..) => Some((self.isa, Precision::Bf16)),
+            Screening::F32(_) => Some((self.isa, Precision::F32)),
+            Screening::None => None,
+        }
     }
 
     /// The codes as searched, (K, D): normalised under [`Metric::Cosine`], as given otherwise.
@@ -158,14 +233,20 @@ impl Codebook {
     /// # Errors
     /// As [`Codebook::nearest`].
     pub fn nearest_with_stats(&self, z: &[f32]) -> Result<(Vec<u32>, Stats), Error> {
-        let mut codes = vec![0; self.check_tokens(z)?];
-        let block = screen::block_rows(codes.len());
-        let stats = codes
-            .par_chunks_mut(block)
-            .zip(z.par_chunks(block * self.width))
-            .map_init(Scratch::default, |scratch, (codes, z)| self.search_block(z, codes, scratch))
-            .reduce(Stats::default, Stats::plus);
-        Ok((codes, stats))
+        let mut codes = vec![REFUSED; self.check_tokens(z)?];
+        let mut stats = match &self.screen {
+            Screening::Bf16(screen, _) => self.search(screen, z, &mut codes),
+            Screening::F32(screen) => self.search(screen, z, &mut codes),
+            Screening::None => Stats::default(),
+        };
+        if let Some(screen) = self.finer(refused(&codes)) {
+            stats = stats.plus(self.search_again(screen, z, &mut codes));
+        }
+        let fallback_rows = refused(&codes);
+        let left = codes.par_iter_mut().zip(z.par_chunks(self.width)).filter(|(code, _)| **code == REFUSED);
+        left.for_each(|(code, z)| *code = self.best_of_all(z));
+        let rows = codes.len();
+        Ok((codes, Stats { rows, fallback_rows, ..stats }))
     }
 
     /// The [contract](self) as a plain loop over all K codes, without vector units or screening.
@@ -190,39 +271,70 @@ impl Codebook {
         }
     }
 
-    /// Fills `codes` for one block of tokens.
-    fn search_block(&self, z: &[f32], codes: &mut [u32], scratch: &mut Scratch) -> Stats {
-        if let Some(screen) = &self.screen {
+    /// Fills `codes`, a block of tokens at a time, but for those of tokens that cannot be screened.
+    fn search<T: Screened>(&self, screen: &Screen<T>, z: &[f32], codes: &mut [u32]) -> Stats {
+        let block = screen::block_rows(codes.len());
+        let search = |scratch: &mut Scratch<T>, (codes, z): (&mut [u32], &[f32])| {
             screen.run(z, codes.len(), scratch, self.simd);
-        } else {
-            scratch.refuse(codes.len());
-        }
-        let mut stats = Stats { rows: codes.len(), ..Stats::default() };
-        for ((code, z), row) in codes.iter_mut().zip(z.chunks_exact(self.width)).zip(scratch.rows()) {
-            *code = self.resolve(z, row, &mut stats);
-        }
-        stats
+            let mut stats = Stats::default();
+            for ((code, z), row) in codes.iter_mut().zip(z.chunks_exact(self.width)).zip(scratch.rows()) {
+                *code = self.resolve(z, row.survivors(), &mut stats);
+            }
+            stats
+        };
+        codes
+            .par_chunks_mut(block)
+            .zip(z.par_chunks(block * self.width))
+            .map_init(Scratch::new, search)
+            .reduce(Stats::default, Stats::plus)
     }
 
-    /// The code of one token from what its screening left.
-    fn resolve(&self, z: &[f32], row: &screen::Row, stats: &mut Stats) -> u32 {
-        let score = |k: u32| (self.score(z, k as usize), k);
-        match row.survivors() {
-            screen::Survivors::Origin => self.origin,
-            screen::Survivors::All => {
-                stats.fallback_rows += 1;
-                // K fits: `new` checked it.
-                best((0..self.len() as u32).map(score))
-            }
-            screen::Survivors::Some(candidates) => {
+    /// A finer screen than the first, if there is one and `refused` tokens or earlier ones were worth making it.
+    fn finer(&self, refused: usize) -> Option<&Screen<f32>> {
+        let Screening::Bf16(_, fine) = &self.screen else { return None };
+        if refused >= MANY && fine.get().is_none() {
+            // Not `get_or_init`: while one thread waits for others inside it, rayon may give it a search that needs it.
+            let layout = Layout::new(&self.rows, &self.bias, self.width);
+            let _ = fine.set(Screen::new(&self.rows, &self.bias, &layout, self.isa, self.simd));
+        }
+        fine.get().filter(|_| refused > 0)?.as_ref()
+    }
+
+    /// Screens again the tokens without a code.
+    fn search_again(&self, screen: &Screen<f32>, z: &[f32], codes: &mut [u32]) -> Stats {
+        let (mut stats, mut at) = (Stats::default(), 0);
+        loop {
+            let tokens = (at..codes.len()).filter(|&i| codes[i] == REFUSED).take(GATHERED).collect::<Vec<_>>();
+            let Some(last) = tokens.last() else { return stats };
+            at = last + 1;
+            let z = tokens.iter().flat_map(|i| &z[i * self.width..][..self.width]).copied().collect::<Vec<_>>();
+            let mut found = vec![REFUSED; tokens.len()];
+            stats = stats.plus(self.search(screen, &z, &mut found));
+            stats.rescreened_rows += tokens.len() - refused(&found);
+            tokens.iter().zip(found).for_each(|(&i, code)| codes[i] = code);
+        }
+    }
+
+    /// The code of one token from what its screening left, or [`REFUSED`].
+    fn resolve(&self, z: &[f32], survivors: Survivors, stats: &mut Stats) -> u32 {
+        match survivors {
+            Survivors::Origin => self.origin,
+            Survivors::All => REFUSED,
+            Survivors::Some(candidates) => {
                 stats.candidates += candidates.len();
                 if let [only] = candidates {
                     return only.code;
                 }
                 stats.rescored_rows += 1;
-                best(candidates.iter().map(|candidate| score(candidate.code)))
+                let score = |candidate: &Candidate| (self.score(z, candidate.code as usize), candidate.code);
+                best(candidates.iter().map(score))
             }
         }
+    }
+
+    /// The code of one token from the scores of all K codes.
+    fn best_of_all(&self, z: &[f32]) -> u32 {
+        best((0..self.len()).map(|k| self.score(z, k)).zip(0..))
     }
 
     /// score(k) of the [contract](self).
@@ -236,6 +348,25 @@ impl Codebook {
 fn best(scores: impl Iterator<Item = (f64, u32)>) -> u32 {
     let larger = |best: (f64, u32), next: (f64, u32)| if next.0 > best.0 { next } else { best };
     scores.reduce(larger).map_or(0, |(_, k)| k)
+}
+
+/// The number of codes that were not found.
+fn refused(codes: &[u32]) -> usize {
+    codes.iter().filter(|code| **code == REFUSED).count()
+}
+
+fn check_codes(rows: &[f32], d: usize) -> Result<(), Error> {
+    let codes = count_rows(rows, d)?;
+    if codes == 0 {
+        return Err(Error::NoCodes);
+    }
+    if u32::try_from(codes).is_err() {
+        return Err(Error::TooManyCodes { codes });
+    }
+    match first_non_finite(rows, d) {
+        Some(row) => Err(Error::NonFiniteCode { row }),
+        None => Ok(()),
+    }
 }
 
 fn count_rows(values: &[f32], width: usize) -> Result<usize, Error> {

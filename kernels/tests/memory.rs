@@ -1,8 +1,10 @@
-//! A search allocates its output and a few tiles, however many tokens it is given.
+//! A search allocates its output and a few blocks of tokens and scores, however many tokens it is given.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
+use vqrae_kernels::cpu::Isa;
+use vqrae_kernels::nearest::Precision;
 use vqrae_kernels::{Codebook, Metric};
 
 /// The system's allocator, counting the bytes in use and their peak.
@@ -51,15 +53,23 @@ fn extra(codebook: &Codebook, tokens: usize) -> usize {
 
 #[test]
 fn memory_does_not_grow_with_the_number_of_tokens() {
-    let codebook = Codebook::new(values(CODES * WIDTH), WIDTH, Metric::Euclidean).unwrap();
-    // Starts the threads, whose stacks and queues stay.
-    extra(&codebook, 4096);
-    let few = extra(&codebook, 4_096);
-    let many = extra(&codebook, 262_144);
     let threads = rayon::current_num_threads();
-    let score_tile = 512 * 256 * size_of::<f32>();
-    assert!(many < 8 * threads * score_tile, "got {many} bytes on {threads} threads");
-    // Candidate lists grow with their luck, by no more than a part of a tile.
-    let allowed = few + threads * score_tile / 4;
-    assert!(many <= allowed, "4,096 tokens: {few} bytes, 262,144 tokens: {many} bytes, allowed: {allowed}");
+    // A block of 384 tokens, some of their scores and what is known of them; their lists of candidates at the longest; and
+    // what is screened again at a time. The matrix of all scores would take 1 GiB.
+    let block = 384 * 64 * size_of::<f32>() + 96 * 64 * size_of::<f32>() + 384 * 512;
+    let lists = 384 * 256 * 16;
+    let again = 4096 * (WIDTH * size_of::<f32>() + 64);
+    for precision in [Precision::F32, Precision::Bf16] {
+        let rows = values(CODES * WIDTH);
+        let isa = Isa::detect().unwrap();
+        let codebook = Codebook::screened(rows, WIDTH, Metric::Euclidean, isa, precision).unwrap();
+        // Starts the threads, whose stacks and queues stay, and makes a finer screen where tokens need it.
+        extra(&codebook, 4_096);
+        let few = extra(&codebook, 4_096);
+        let many = extra(&codebook, 65_536);
+        assert!(many < threads * (block + lists) + again, "{precision:?}: {many} bytes on {threads} threads");
+        // Lists grow with their luck.
+        let allowed = few + threads * lists;
+        assert!(many <= allowed, "{precision:?}: {few} bytes for 4,096 tokens, {many} for 65,536, allowed: {allowed}");
+    }
 }

@@ -6,8 +6,8 @@
 /// Partial sums of `dot64`.
 const LANES: usize = 32;
 
-/// Codes per step when looking for a maximum: a few vectors of the widest unit, to hide its latency.
-const SCAN: usize = 64;
+/// Codes per step when looking for large scores: one vector of the widest unit.
+pub(super) const SCAN: usize = 16;
 
 /// The vector unit to use. A value other than `Baseline` proves that this machine has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,22 +76,23 @@ impl Simd {
     }
 
     dispatch! {
-        /// The largest `scores[j] + bias[j]`, each sum rounded to f32; -∞ for none.
-        fn max_sum(scores: &[f32], bias: &[f32]) -> f32 = max_sum
+        /// Turns products p into scores `p[j] + (alpha * slope[j] + bias[j])` and returns the largest; -∞ for none.
+        fn finish(products: &mut [f32], slope: &[f32], bias: &[f32], alpha: f32) -> f32 = finish
     }
 
-    /// Calls `keep(j, scores[j] + bias[j])` for each sum not below `threshold`, in ascending order of j.
-    pub(super) fn for_each_above(self, scores: &[f32], bias: &[f32], threshold: f32, mut keep: impl FnMut(usize, f32)) {
-        for (i, (s, b)) in scores.chunks(SCAN).zip(bias.chunks(SCAN)).enumerate() {
-            if self.max_sum(s, b) < threshold {
-                continue;
-            }
-            for (j, (s, b)) in s.iter().zip(b).enumerate() {
-                if s + b >= threshold {
-                    keep(i * SCAN + j, s + b);
-                }
-            }
-        }
+    dispatch! {
+        /// Appends to `hits` the index of each row that has a score, as [`Simd::finish`] defines it, not below its
+        /// threshold.
+        ///
+        /// # Shapes
+        /// `products`: (rows, S) with at least one row, `slope` and `bias`: (C) with C a multiple of [`SCAN`] and at most S, `alpha` and
+        /// `thresholds`: (rows)
+        fn find_hits(products: &[f32], slope: &[f32], bias: &[f32], alpha: &[f32], thresholds: &[f32], hits: &mut Vec<usize>) -> () = find_hits
+    }
+
+    dispatch! {
+        /// Appends to `above` the index of each score not below `threshold`, ascending.
+        fn find_above(scores: &[f32], threshold: f32, above: &mut Vec<usize>) -> () = find_above
     }
 }
 
@@ -118,27 +119,93 @@ pub(super) fn dot64(a: &[f32], b: &[f32]) -> f64 {
     sums[0]
 }
 
+/// Not `f32::max`, whose NaN rule costs instructions: a NaN here never wins.
 #[inline(always)]
-fn max_sum(scores: &[f32], bias: &[f32]) -> f32 {
-    // Not f32::max, whose NaN rule costs instructions: sums here are never NaN.
-    let larger = |max: f32, sum: f32| if sum > max { sum } else { max };
+fn larger(max: f32, x: f32) -> f32 {
+    if x > max { x } else { max }
+}
+
+#[inline(always)]
+fn finish(products: &mut [f32], slope: &[f32], bias: &[f32], alpha: f32) -> f32 {
     let mut max = [f32::NEG_INFINITY; SCAN];
-    let (scores, scores_tail) = scores.as_chunks::<SCAN>();
-    let (bias, bias_tail) = bias.as_chunks::<SCAN>();
-    for (s, b) in scores.iter().zip(bias) {
-        for lane in 0..SCAN {
-            max[lane] = larger(max[lane], s[lane] + b[lane]);
+    for ((products, slope), bias) in products.chunks_mut(SCAN).zip(slope.chunks(SCAN)).zip(bias.chunks(SCAN)) {
+        for (max, (p, (g, b))) in max.iter_mut().zip(products.iter_mut().zip(slope.iter().zip(bias))) {
+            *p += alpha * g + b;
+            *max = larger(*max, *p);
         }
     }
-    for (max, (s, b)) in max.iter_mut().zip(scores_tail.iter().zip(bias_tail)) {
-        *max = larger(*max, s + b);
-    }
-    for half in [32, 16, 8, 4, 2, 1] {
+    for half in [8, 4, 2, 1] {
         for lane in 0..half {
             max[lane] = larger(max[lane], max[lane + half]);
         }
     }
     max[0]
+}
+
+#[inline(always)]
+fn find_above(scores: &[f32], threshold: f32, above: &mut Vec<usize>) {
+    for (i, chunk) in scores.chunks(SCAN).enumerate() {
+        if reaches(chunk, threshold) {
+            let found = chunk.iter().enumerate().filter(|(_, s)| **s >= threshold);
+            above.extend(found.map(|(j, _)| i * SCAN + j));
+        }
+    }
+}
+
+/// Whether any score does, without a branch per lane, which vectorises.
+#[inline(always)]
+fn reaches(scores: &[f32], threshold: f32) -> bool {
+    let mut any = false;
+    for s in scores {
+        any |= *s >= threshold;
+    }
+    any
+}
+
+#[inline(always)]
+fn find_hits(products: &[f32], slope: &[f32], bias: &[f32], alpha: &[f32], thresholds: &[f32], hits: &mut Vec<usize>) {
+    const TOGETHER: usize = 4;
+    let ((slope, []), (bias, [])) = (slope.as_chunks::<SCAN>(), bias.as_chunks::<SCAN>()) else {
+        panic!("codes in whole vectors");
+    };
+    let stride = products.len() / thresholds.len();
+    let row = |r: usize| products[r * stride..].as_chunks::<SCAN>().0;
+    let mut hit = |r: usize, largest: [f32; SCAN]| {
+        if reaches(&largest, thresholds[r]) {
+            hits.push(r);
+        }
+    };
+    let whole = thresholds.len() / TOGETHER * TOGETHER;
+    for r in (0..whole).step_by(TOGETHER) {
+        let alpha = [alpha[r], alpha[r + 1], alpha[r + 2], alpha[r + 3]];
+        let mut max = [[f32::NEG_INFINITY; SCAN]; TOGETHER];
+        let rows = row(r).iter().zip(row(r + 1)).zip(row(r + 2)).zip(row(r + 3));
+        for ((((p0, p1), p2), p3), (g, b)) in rows.zip(slope.iter().zip(bias)) {
+            let (g, b) = (*g, *b);
+            for (max, (p, alpha)) in max.iter_mut().zip([p0, p1, p2, p3].into_iter().zip(alpha)) {
+                *max = larger_scores(*max, p, &g, &b, alpha);
+            }
+        }
+        for (i, max) in max.into_iter().enumerate() {
+            hit(r + i, max);
+        }
+    }
+    for (r, &alpha) in alpha.iter().enumerate().skip(whole) {
+        let scores = row(r).iter().zip(slope.iter().zip(bias));
+        hit(r, scores.fold([f32::NEG_INFINITY; SCAN], |max, (p, (g, b))| larger_scores(max, p, g, b, alpha)));
+    }
+}
+
+/// The larger of `max` and the scores, lane by lane.
+#[inline(always)]
+fn larger_scores(
+    max: [f32; SCAN],
+    products: &[f32; SCAN],
+    slope: &[f32; SCAN],
+    bias: &[f32; SCAN],
+    alpha: f32,
+) -> [f32; SCAN] {
+    std::array::from_fn(|lane| larger(max[lane], products[lane] + (alpha * slope[lane] + bias[lane])))
 }
 
 #[cfg(test)]
@@ -192,18 +259,38 @@ mod tests {
     }
 
     #[test]
-    fn every_unit_finds_the_same_maximum_and_the_same_codes_above_it() {
-        for len in [0, 1, 15, 63, 64, 65, 200, 512] {
-            let (scores, bias) = (values(len, 5), values(len, 9));
-            let sums = || scores.iter().zip(&bias).map(|(s, b)| s + b);
-            let expected = sums().fold(f32::NEG_INFINITY, f32::max);
-            let threshold = expected / 4.0;
-            let above = sums().enumerate().filter(|(_, sum)| *sum >= threshold).collect::<Vec<_>>();
-            for simd in Simd::available() {
-                assert_eq!(simd.max_sum(&scores, &bias), expected, "{simd:?}, length {len}");
-                let mut got = Vec::new();
-                simd.for_each_above(&scores, &bias, threshold, |j, sum| got.push((j, sum)));
-                assert_eq!(got, above, "{simd:?}, length {len}");
+    fn every_unit_finds_the_same_scores_above_a_threshold() {
+        for len in [0, 16, 64, 80, 512] {
+            let (slope, bias) = (values(len, 5), values(len, 9));
+            for rows in [1, 3, 4, 5, 9] {
+                let (products, alpha) = (values(rows * len, 11), values(rows, 15));
+                let score = |r: usize, j: usize| products[r * len + j] + (alpha[r] * slope[j] + bias[j]);
+                let best = |r| (0..len).map(|j| score(r, j)).fold(f32::NEG_INFINITY, f32::max);
+                // Some rows just reach their threshold, some just do not, and one has none.
+                let threshold = |r| match r % 3 {
+                    0 => best(r),
+                    1 => best(r).next_up(),
+                    _ => f32::NAN,
+                };
+                let thresholds = (0..rows).map(threshold).collect::<Vec<_>>();
+                let expected = (0..rows).filter(|r| len > 0 && r % 3 == 0).collect::<Vec<_>>();
+                for simd in Simd::available() {
+                    let mut hits = Vec::new();
+                    if len > 0 {
+                        simd.find_hits(&products, &slope, &bias, &alpha, &thresholds, &mut hits);
+                    }
+                    assert_eq!(hits, expected, "{simd:?}, {rows} rows of {len}");
+                    for r in 0..rows {
+                        let mut scores = products[r * len..][..len].to_vec();
+                        assert_eq!(simd.finish(&mut scores, &slope, &bias, alpha[r]), best(r));
+                        let threshold = best(r) / 4.0;
+                        let above = |j: &usize| score(r, *j) >= threshold;
+                        let expected = (0..len).filter(above).collect::<Vec<_>>();
+                        let mut got = Vec::new();
+                        simd.find_above(&scores, threshold, &mut got);
+                        assert_eq!(got, expected, "{simd:?}, length {len}");
+                    }
+                }
             }
         }
     }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::cpu::Element;
 
 /// A small generator (xorshift64*), so that a failure repeats on any machine.
 struct Random(u64);
@@ -54,14 +55,24 @@ fn assert_same_codes(codebook: &Codebook, z: &[f32], got: &[u32], expected: &[u3
     }
 }
 
-/// Searches on every vector unit, compares with the reference, and returns the widest unit's account.
+/// Every way of screening that this machine has.
+fn screenings() -> impl Iterator<Item = (Isa, Precision)> {
+    Isa::available().iter().flat_map(|&isa| [(isa, Precision::Bf16), (isa, Precision::F32)])
+}
+
+/// Searches with every screening and on every vector unit, compares with the reference, and returns the account of the
+/// best instructions in f32.
 #[track_caller]
 fn assert_exact(rows: &[f32], d: usize, metric: Metric, z: &[f32]) -> Stats {
     let mut codebook = codebook(rows, d, metric);
     let expected = codebook.nearest_reference(z).unwrap();
-    let mut stats = Stats::default();
     for simd in Simd::available() {
         codebook.simd = simd;
+        assert_same_codes(&codebook, z, &codebook.nearest(z).unwrap(), &expected);
+    }
+    let mut stats = Stats::default();
+    for (isa, precision) in screenings() {
+        let codebook = Codebook::screened(rows.to_vec(), d, metric, isa, precision).unwrap();
         let got = codebook.nearest_with_stats(z).unwrap();
         assert_same_codes(&codebook, z, &got.0, &expected);
         stats = got.1;
@@ -104,7 +115,7 @@ fn reports_its_size_metric_and_work() {
     assert_eq!(codebook.nearest_with_stats(&[]).unwrap(), (vec![], Stats::default()));
     let (codes, stats) = codebook.nearest_with_stats(&[1.0, 0.0, 2.0, 2.0]).unwrap();
     assert_eq!(codes, [0, 0]);
-    assert_eq!(stats, Stats { rows: 2, candidates: 3, rescored_rows: 1, fallback_rows: 0 });
+    assert_eq!(stats, Stats { rows: 2, candidates: 3, rescored_rows: 1, ..Stats::default() });
 }
 
 #[test]
@@ -139,7 +150,7 @@ fn messages_name_the_fact_and_the_values() {
 #[test]
 fn ties_go_to_the_lowest_index_wherever_the_equal_codes_lie() {
     let (mut random, d, k) = (Random(1), 5, 1200);
-    for (first, second) in [(0, 1), (0, 1199), (511, 512), (1, 1024), (255, 256), (1023, 1199)] {
+    for (first, second) in [(0, 1), (0, 1199), (15, 16), (127, 128), (1, 1024), (255, 256), (1023, 1199)] {
         let mut rows = random.values(k * d);
         rows.copy_within(first * d..(first + 1) * d, second * d);
         let z = rows[second * d..][..d].to_vec();
@@ -198,7 +209,7 @@ fn a_codebook_of_zeros_answers_zero() {
 #[test]
 fn random_shapes_agree_with_the_reference() {
     let mut random = Random(5);
-    for _ in 0..300 {
+    for _ in 0..100 {
         let (n, k) = (1 + random.below(40), 1 + random.below(1100));
         let d = 1 + random.below(70);
         let (rows, z) = (random.values(k * d), random.values(n * d));
@@ -211,13 +222,71 @@ fn random_shapes_agree_with_the_reference() {
 #[test]
 fn shapes_at_the_edges_of_tiles_and_lanes_agree_with_the_reference() {
     let mut random = Random(6);
-    for k in [1, 2, 63, 64, 65, 511, 512, 513, 1023, 1024, 1025] {
-        for (n, d) in [(1, 1), (7, 31), (8, 32), (9, 33), (129, 2), (257, 8), (16, 1536), (3, 1537)] {
+    for k in [1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 1024] {
+        for (n, d) in [(1, 1), (7, 31), (8, 32), (47, 33), (48, 64), (49, 2), (129, 17), (385, 8), (5, 250)] {
             let (rows, z) = (random.values(k * d), random.values(n * d));
             for metric in METRICS {
                 assert_exact(&rows, d, metric, &z);
             }
         }
+    }
+}
+
+#[test]
+fn wide_codes_of_every_kind_agree_with_the_reference() {
+    let mut random = Random(19);
+    let positive = |values: Vec<f32>| values.into_iter().map(f32::abs).collect::<Vec<_>>();
+    for (n, k, d) in [(1, 257, 1536), (15, 100, 256), (16, 256, 250), (17, 129, 1537), (127, 100, 64)] {
+        let rows = random.values(k * d);
+        let narrow = |values: Vec<f32>| values.into_iter().map(|x| Bf16::narrow(x).widen()).collect::<Vec<_>>();
+        let near = rows.iter().cycle().take(n * d).map(|x| x + 0.3 * random.value()).collect::<Vec<_>>();
+        let cases = [
+            (rows.clone(), near),
+            (rows.clone(), narrow(random.values(n * d))),
+            (narrow(rows.clone()), narrow(random.values(n * d))),
+            (positive(rows.clone()), positive(random.values(n * d))),
+            // All cosines negative: a padding column's zero would win.
+            (positive(rows.clone()), positive(random.values(n * d)).iter().map(|x| -x).collect()),
+            (cone(&mut random, k, d, 0.3), cone(&mut random, n, d, 0.3)),
+            (rows[..d].repeat(k), random.values(n * d)),
+        ];
+        for (rows, z) in cases {
+            for metric in METRICS {
+                assert_exact(&rows, d, metric, &z);
+            }
+        }
+    }
+}
+
+#[test]
+fn tokens_that_share_their_direction_with_the_codes_have_few_candidates_in_bf16() {
+    let (mut random, d, k) = (Random(20), 64, 1000);
+    let axis = random.values(d);
+    for opening in [1.0, 0.1, 0.01, 0.001] {
+        let mut around =
+            |count: usize| (0..count * d).map(|i| axis[i % d] + opening * random.value()).collect::<Vec<_>>();
+        let (rows, z) = (around(k), around(100));
+        for metric in METRICS {
+            assert_exact(&rows, d, metric, &z);
+            let codebook = Codebook::screened(rows.clone(), d, metric, Isa::PORTABLE, Precision::Bf16).unwrap();
+            let stats = codebook.nearest_with_stats(&z).unwrap().1;
+            assert!(stats.fallback_rows == 0 && stats.candidates < 3 * stats.rows, "{metric:?} {opening}: {stats:?}");
+        }
+    }
+}
+
+#[test]
+fn the_precision_follows_the_instructions_and_the_width() {
+    for &isa in Isa::available() {
+        let wide = if isa.has_bf16() { Precision::Bf16 } else { Precision::F32 };
+        assert_eq!(Precision::for_width(1536, isa), wide);
+        assert_eq!(Precision::for_width(4, isa), Precision::F32);
+    }
+    for (isa, precision) in screenings() {
+        let codebook = Codebook::screened(vec![1.0; 8], 4, Metric::Cosine, isa, precision).unwrap();
+        assert_eq!(codebook.screening(), Some((isa, precision)));
+        let codebook = Codebook::screened(vec![3e38, -3e38], 1, Metric::Euclidean, isa, precision).unwrap();
+        assert_eq!(codebook.screening(), None);
     }
 }
 
@@ -282,6 +351,29 @@ fn codes_too_close_to_screen_fall_back_and_stay_exact() {
     for metric in METRICS {
         let stats = assert_exact(&rows, d, metric, &z);
         assert!(stats.fallback_rows > 0, "the test no longer reaches the fallback: {stats:?}");
+    }
+}
+
+#[test]
+fn codes_too_close_for_bf16_are_screened_again_in_f32() {
+    let (mut random, d) = (Random(18), 32);
+    // Two opposite clusters, narrower than the bound of bf16 and wider than that of f32.
+    let cluster = cone(&mut random, 1500, d, 1e-3);
+    let rows = cluster.iter().enumerate().map(|(i, x)| if i / d % 2 == 0 { *x } else { -x }).collect::<Vec<_>>();
+    let z = random.values((MANY + 7) * d);
+    for metric in METRICS {
+        let expected = codebook(&rows, d, metric).nearest_reference(&z).unwrap();
+        for &isa in Isa::available() {
+            let codebook = Codebook::screened(rows.clone(), d, metric, isa, Precision::Bf16).unwrap();
+            let few = codebook.nearest_with_stats(&z[..5 * d]).unwrap();
+            assert_same_codes(&codebook, &z[..5 * d], &few.0, &expected[..5]);
+            assert_eq!((few.1.rescreened_rows, few.1.fallback_rows), (0, 5), "{few:?}");
+            let many = codebook.nearest_with_stats(&z).unwrap();
+            assert_same_codes(&codebook, &z, &many.0, &expected);
+            assert_eq!((many.1.rescreened_rows, many.1.fallback_rows), (MANY + 7, 0), "{many:?}");
+            // The finer screen stays.
+            assert_eq!(codebook.nearest_with_stats(&z[..5 * d]).unwrap().1.rescreened_rows, 5);
+        }
     }
 }
 
