@@ -114,6 +114,10 @@ impl Isa {
     ///
     /// AVX2, AVX-512 and NEON all add one fused product after the other, so they share a name. The bf16 instructions of
     /// AVX-512 and of AMX round in ways of their own.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(unused_variables, reason = "only x86-64 has bf16 instructions here")
+    )]
     pub fn arithmetic(self, bf16: bool) -> &'static str {
         match self.0 {
             Set::Portable => "portable",

@@ -225,3 +225,30 @@ fn a_layer_norm_by_hand() {
         assert!((got - expected).abs() < 1e-6, "{got} {expected}");
     }
 }
+
+/// The arithmetic named "fma": one fused product after the other, the bias last.
+fn fused_products_are_one_chain<T: Element>(bf16: bool) {
+    for isa in sets().into_iter().filter(|isa| isa.arithmetic(bf16) == "fma") {
+        for (n, d, e) in SHAPES {
+            let (x, weight, bias) = (matrix::<T>(n, d, 1), values(e * d, 2), values(e, 3));
+            let out = product::<T>(isa, (n, d, e));
+            for i in 0..n {
+                for j in 0..e {
+                    let fuse = |sum, k: usize| x.row(i)[k].widen().mul_add(T::narrow(weight[j * d + k]).widen(), sum);
+                    let chain = (0..d).fold(0f32, fuse) + bias[j];
+                    assert_eq!(out.row(i)[j].to_bits(), chain.to_bits(), "{} {n}×{d}×{e} at ({i}, {j})", isa.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn fused_f32_products_are_one_chain() {
+    fused_products_are_one_chain::<f32>(false);
+}
+
+#[test]
+fn fused_bf16_products_are_one_chain() {
+    fused_products_are_one_chain::<Bf16>(true);
+}

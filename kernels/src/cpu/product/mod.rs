@@ -19,6 +19,7 @@
 #[cfg(target_arch = "x86_64")]
 pub(super) mod amx;
 mod portable;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[macro_use]
 mod strips;
 #[cfg(target_arch = "x86_64")]
