@@ -2,6 +2,7 @@
 
 mod codes;
 mod compare;
+mod encoders;
 mod folders;
 mod gradients;
 mod image;

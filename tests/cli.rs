@@ -292,7 +292,7 @@ fn words_that_make_no_sense_exit_with_2() {
     ] {
         assert!(bench.run(line).exits(2).stdout.is_empty());
     }
-    for command in ["tokenize", "reconstruct", "features", "inspect", "init"] {
+    for command in ["tokenize", "reconstruct", "features", "inspect", "init", "bench"] {
         assert!(bench.run(&format!("{command} --help")).exits(0).stdout.contains("Examples:"), "{command}");
     }
 }
@@ -505,6 +505,43 @@ fn init_makes_a_model_that_tokenizes() {
     assert!(run.stdout.contains(&bench.id("new")), "{}", run.stdout);
     bench.run("tokenize photos -o out --model new").exits(0);
     bench.run("init --encoder nowhere --config config.json -o new").exits(1).says(&["nowhere/config.json"]);
+}
+
+#[test]
+fn bench_measures_a_model_in_f32_and_in_what_suits_the_machine() {
+    let bench = Bench::new();
+    let run = bench.run("bench --shapes shipped --rounds 1 --batch 1 --json").exits(0);
+    let rows: Vec<Value> = run.stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert!(rows.len() == 1 || rows.len() == 2, "{}", run.stdout);
+    for row in &rows {
+        for number in ["/tokenize/best", "/tokenize/median", "/reconstruct/best", "/gflops", "/ready_seconds"] {
+            assert!(row.pointer(number).and_then(Value::as_f64).is_some_and(|x| x > 0.0), "{number} in {row}");
+        }
+    }
+    assert_eq!((rows[0]["shape"].as_str(), rows[0]["dtype"].as_str()), (Some("shipped"), Some("f32")));
+    let table = bench.run("bench --model model --rounds 2 --batch 2,1 --dtype f32").exits(0).stdout;
+    let batches: Vec<_> = table.lines().filter_map(|line| line.strip_prefix("| model | f32")).collect();
+    assert!(matches!(batches[..], [one, two] if one.contains("| 1 ") && two.contains("| 2 ")), "{table}");
+}
+
+#[test]
+fn bench_writes_the_same_random_model_every_time() {
+    let bench = Bench::new();
+    bench.run("bench --shapes tiny --export a").exits(0);
+    bench.run("bench --shapes tiny --export b").exits(0);
+    assert_eq!(bench.id("a"), bench.id("b"));
+    assert_eq!(bench.tree("a").len(), 3);
+    bench.run("bench --shapes shipped --export c").exits(1).says(&["shipped is not random", "weights/vqrae-small"]);
+    bench.run("bench --export c").exits(2).says(&["--shapes"]);
+    bench.run("bench --shapes tiny,so400m --export c").exits(1).says(&["name one shape"]);
+    assert!(!bench.path("c").exists());
+}
+
+#[test]
+fn bench_knows_its_shapes() {
+    let bench = Bench::new();
+    let names = ["huge", "shipped", "siglip-base", "siglip-large", "so400m", "nearest"];
+    bench.run("bench --shapes shipped,huge").exits(2).says(&names);
 }
 
 #[test]

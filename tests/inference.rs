@@ -8,7 +8,7 @@ use candle_nn::VarBuilder;
 use vqrae::image::{Preprocessor, Resample};
 use vqrae::model::fresh_tensors;
 use vqrae::weights::{self, Tensors};
-use vqrae::{Config, DType, Device, Network, Tensor, Vqrae, encoder};
+use vqrae::{Config, DType, Device, Network, Tensor, Vqrae};
 use vqrae_kernels::cpu::{Isa, VARIABLE};
 
 use crate::compare::{PARITY, Tolerance, assert_close, fixture, noise, say, tensors_of};
@@ -23,10 +23,10 @@ fn tolerance(dtype: DType) -> Tolerance {
 /// The tiny SigLIP that transformers computed the fixtures with, in a whole model whose other parts are random.
 fn tiny_siglip(dtype: DType) -> Vqrae {
     let folder = fixture("siglip/tiny");
-    let (siglip, given) = weights::siglip(&folder).unwrap();
+    let (encoder, given) = weights::encoder(&folder).unwrap();
     let config = r#"{"type": "simvq", "codebook_size": 40, "codebook_dim": 8}"#;
     let quantizer = serde_json::from_str(config).unwrap();
-    let config = Config::new(encoder::Config::Siglip(siglip), quantizer, Default::default());
+    let config = Config::new(encoder, quantizer, Default::default());
     let tensors = fresh_tensors(&config, given, 5).unwrap();
     let preprocessor = Preprocessor::siglip(32, Resample::Bicubic);
     Vqrae::new(config, preprocessor, tensors, &folder, &Device::Cpu, dtype).unwrap()

@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{features, init, inspect, reconstruct, tokenize, train};
+use crate::commands::{bench, features, init, inspect, reconstruct, tokenize, train};
 use crate::report::Exit;
 
 /// Turn photos into codes and codes into photos
@@ -38,6 +38,7 @@ enum Command {
     Inspect(inspect::Args),
     Init(init::Args),
     Train(train::Args),
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -57,5 +58,6 @@ fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Inspect(args) => inspect::execute(args),
         Command::Init(args) => init::execute(args),
         Command::Train(args) => train::execute(args),
+        Command::Bench(args) => bench::execute(args),
     }
 }

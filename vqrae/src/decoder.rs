@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
-use crate::ops::{LayerNorm, Linear};
+use crate::ops::{Linear, Norm};
 use crate::vit::{self, Positions, Vit};
 
 /// The `decoder` section of `config.json`. A missing field takes the encoder's value: the symmetric decoder of the paper.
@@ -55,6 +55,7 @@ impl Config {
                 heads: self.num_attention_heads.unwrap_or(mirror.heads),
                 mlp_width: self.intermediate_size.unwrap_or(mirror.mlp_width),
                 layer_norm_eps: mirror.layer_norm_eps,
+                style: vit::Style::default(),
             },
             grid: encoder.grid(),
             patch: self.patch_size.unwrap_or(encoder.patch()),
@@ -78,7 +79,7 @@ impl Sizes {
 #[derive(Debug, Clone)]
 pub(crate) struct Surroundings {
     pub(crate) position_embedding: Positions,
-    pub(crate) final_layernorm: Option<LayerNorm>,
+    pub(crate) final_layernorm: Option<Norm>,
     pub(crate) head: Linear,
 }
 
@@ -86,7 +87,7 @@ impl Surroundings {
     /// Loads `position_embedding`, `post_layernorm` and `head`.
     pub(crate) fn load(vb: &VarBuilder, sizes: &Sizes) -> Result<Self> {
         let d = sizes.vit.width;
-        let norm = || LayerNorm::load(vb.pp("post_layernorm"), d, sizes.vit.layer_norm_eps);
+        let norm = || Norm::load(vb.pp("post_layernorm"), d, sizes.vit.layer_norm_eps, false);
         Ok(Self {
             position_embedding: Positions::load(vb.pp("position_embedding"), sizes.grid, d)?,
             final_layernorm: sizes.final_norm.then(norm).transpose()?,

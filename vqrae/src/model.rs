@@ -234,7 +234,7 @@ impl Vqrae {
     ///
     /// # Shapes
     /// - pixels: `[B, 3, H, W]`, H and W multiples of the patch
-    /// - output: depth + 1 tensors `[B, N, D]`
+    /// - output: depth + 1 tensors `[B, P + N, D]`, P tokens of the encoder's own (class token, registers) in front
     ///
     /// # Errors
     /// Also where the encoder is candle-transformers', which does not show them.
@@ -359,9 +359,7 @@ impl Vqrae {
 impl Stages {
     /// The stages, and the precision that they compute in.
     fn new(loader: Loader, config: &Config, device: &Device, dtype: DType) -> Result<(Self, String)> {
-        let encoder::Config::Siglip(siglip) = &config.encoder;
-        let stock = siglip.backend == encoder::Backend::CandleTransformers;
-        if !device.is_cpu() || stock {
+        if !device.is_cpu() || config.encoder.is_stock() {
             let network = Network::load(loader.builder(dtype, device), config)?;
             return Ok((Self::Tensors(Arc::new(network)), format!("{}/candle", dtype.as_str())));
         }
@@ -416,7 +414,7 @@ pub struct InitReport {
     pub fresh: usize,
 }
 
-/// Makes a new VQRAE of a pretrained encoder: a Hugging Face folder of SigLIP or fixed-size SigLIP2.
+/// Makes a new VQRAE of a pretrained encoder: a folder of SigLIP, fixed-size SigLIP2, DINOv2, InternViT or MAE.
 ///
 /// `config_file` is JSON with the sections `quantizer` and `decoder` of [`Config`] and, if wished, an `encoder` section
 /// with `features` and `backend`; the encoder's sizes come from its own folder. The preprocessor is the encoder's.
@@ -433,19 +431,28 @@ pub fn init(encoder_folder: &Path, config_file: &Path, output: &Path, seed: u64)
     #[derive(Default, Deserialize)]
     #[serde(default, deny_unknown_fields)]
     struct EncoderWishes {
-        features: encoder::Features,
+        features: Option<encoder::Features>,
         backend: encoder::Backend,
     }
     let text = std::fs::read_to_string(config_file).map_err(Error::io(config_file))?;
     let wishes: Wishes = serde_json::from_str(&text).map_err(|e| Error::config(config_file, e))?;
-    let (mut siglip, mut given) = weights::siglip(encoder_folder)?;
-    siglip.features = wishes.encoder.features;
-    siglip.backend = wishes.encoder.backend;
-    if siglip.features == encoder::Features::BeforeNorm {
+    let (mut encoder, mut given) = weights::encoder(encoder_folder)?;
+    if let Some(features) = wishes.encoder.features {
+        *encoder.features_mut() = features;
+    }
+    match &mut encoder {
+        encoder::Config::Siglip(siglip) => siglip.backend = wishes.encoder.backend,
+        _ if wishes.encoder.backend == encoder::Backend::Vit => {}
+        _ => {
+            let reason = "encoder.backend is candle_transformers, which has SigLIP alone; leave it out";
+            return Err(Error::config(config_file, reason));
+        }
+    }
+    if !encoder.layout().features.has_norm() {
         given.retain(|name, _| !name.contains(".post_layernorm."));
     }
     let pretrained = given.values().map(Tensor::elem_count).sum::<usize>();
-    let config = Config::new(encoder::Config::Siglip(siglip), wishes.quantizer, wishes.decoder);
+    let config = Config::new(encoder, wishes.quantizer, wishes.decoder);
     config.check().map_err(|reason| Error::config(config_file, reason))?;
     let preprocessor = Preprocessor::from_file(&encoder_folder.join(PREPROCESSOR))?;
 

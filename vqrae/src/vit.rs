@@ -3,11 +3,11 @@
 //! Tensor names are those of Hugging Face's SigLIP (`layers.N.{layer_norm1,self_attn,layer_norm2,mlp}`), so a checkpoint
 //! of the hub loads as it is. Whether a parameter is trained is the [`VarBuilder`]'s matter, not this file's.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
-use crate::ops::{self, LayerNorm, Linear};
+use crate::ops::{self, Linear, Norm};
 
 /// The sizes of a stack of transformer blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -20,8 +20,39 @@ pub struct Config {
     pub heads: usize,
     /// Hidden width of the MLP.
     pub mlp_width: usize,
-    /// ε of the layer norms.
+    /// ε of the norms.
     pub layer_norm_eps: f64,
+    /// How the blocks differ from SigLIP's.
+    #[serde(default)]
+    pub style: Style,
+}
+
+/// How the blocks of one family of encoders differ from another's. The default is SigLIP's, and every decoder's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Style {
+    /// Root-mean-square norms (Zhang & Sennrich, arXiv 1910.07467) in place of layer norms: InternViT-6B.
+    pub rms_norm: bool,
+    /// q, k and v have no bias: InternViT-6B.
+    pub no_qkv_bias: bool,
+    /// q and k pass a root-mean-square norm over their whole width: InternViT-6B.
+    pub qk_norm: bool,
+    /// What attention and MLP add is scaled by a learned vector each (Touvron et al., arXiv 2103.17239): DINOv2, InternViT.
+    pub layer_scale: bool,
+    /// What stands between the MLP's two layers.
+    pub activation: Activation,
+}
+
+/// What stands between the two layers of an MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// GELU in the tanh form: SigLIP.
+    #[default]
+    GeluTanh,
+    /// GELU as it is: DINOv2, InternViT, MAE.
+    Gelu,
+    /// `silu(a) · b` of the halves of a first layer twice as wide (Shazeer, arXiv 2002.05202): DINOv2 giant.
+    SwiGlu,
 }
 
 #[derive(Debug, Clone)]
@@ -30,23 +61,37 @@ pub(crate) struct Attention {
     pub(crate) k_proj: Linear,
     pub(crate) v_proj: Linear,
     pub(crate) out_proj: Linear,
+    /// The norms of q and k, if any.
+    pub(crate) qk_norms: Option<(Norm, Norm)>,
     heads: usize,
 }
 
 impl Attention {
     fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
-        let d = config.width;
+        let (d, style) = (config.width, config.style);
+        let input = |name: &str| match style.no_qkv_bias {
+            true => Linear::load_without_bias(vb.pp(name), d, d),
+            false => Linear::load(vb.pp(name), d, d),
+        };
+        let norm = |name: &str| Norm::load(vb.pp(name), d, config.layer_norm_eps, true);
         Ok(Self {
-            q_proj: Linear::load(vb.pp("q_proj"), d, d)?,
-            k_proj: Linear::load(vb.pp("k_proj"), d, d)?,
-            v_proj: Linear::load(vb.pp("v_proj"), d, d)?,
+            q_proj: input("q_proj")?,
+            k_proj: input("k_proj")?,
+            v_proj: input("v_proj")?,
             out_proj: Linear::load(vb.pp("out_proj"), d, d)?,
+            qk_norms: style
+                .qk_norm
+                .then(|| Ok::<_, candle_core::Error>((norm("q_norm")?, norm("k_norm")?)))
+                .transpose()?,
             heads: config.heads,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (q, k, v) = (self.q_proj.forward(x)?, self.k_proj.forward(x)?, self.v_proj.forward(x)?);
+        let (mut q, mut k, v) = (self.q_proj.forward(x)?, self.k_proj.forward(x)?, self.v_proj.forward(x)?);
+        if let Some((q_norm, k_norm)) = &self.qk_norms {
+            (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
+        }
         self.out_proj.forward(&ops::attention(&q, &k, &v, self.heads)?)
     }
 }
@@ -55,42 +100,73 @@ impl Attention {
 pub(crate) struct Mlp {
     pub(crate) fc1: Linear,
     pub(crate) fc2: Linear,
+    activation: Activation,
 }
 
 impl Mlp {
     fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
+        let activation = config.style.activation;
         Ok(Self {
-            fc1: Linear::load(vb.pp("fc1"), config.width, config.mlp_width)?,
+            fc1: Linear::load(vb.pp("fc1"), config.width, activation.width_before(config.mlp_width))?,
             fc2: Linear::load(vb.pp("fc2"), config.mlp_width, config.width)?,
+            activation,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.fc2.forward(&ops::gelu(&self.fc1.forward(x)?)?)
+        let hidden = self.fc1.forward(x)?;
+        self.fc2.forward(&match self.activation {
+            Activation::GeluTanh => ops::gelu(&hidden)?,
+            Activation::Gelu => hidden.gelu_erf()?,
+            Activation::SwiGlu => {
+                let halves = hidden.chunk(2, candle_core::D::Minus1)?;
+                (halves[0].silu()? * &halves[1])?
+            }
+        })
+    }
+}
+
+impl Activation {
+    /// What the MLP's first layer puts out for a second layer that takes `width`.
+    pub(crate) fn width_before(self, width: usize) -> usize {
+        if self == Self::SwiGlu { 2 * width } else { width }
     }
 }
 
 #[derive(Debug, Clone)]
 pub(crate) struct Block {
-    pub(crate) layer_norm1: LayerNorm,
+    pub(crate) layer_norm1: Norm,
     pub(crate) self_attn: Attention,
-    pub(crate) layer_norm2: LayerNorm,
+    pub(crate) layer_norm2: Norm,
     pub(crate) mlp: Mlp,
+    /// What attention's and the MLP's outputs are scaled by, `[D]` each, if they are.
+    pub(crate) layer_scales: Option<(Tensor, Tensor)>,
 }
 
 impl Block {
     fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
+        let (d, style) = (config.width, config.style);
+        let norm = |name: &str| Norm::load(vb.pp(name), d, config.layer_norm_eps, style.rms_norm);
+        // 0.1 is what InternViT starts from.
+        let scale = |name: &str| vb.pp(name).get_with_hints(d, "weight", Init::Const(0.1));
+        let scales = || Ok::<_, candle_core::Error>((scale("layer_scale1")?, scale("layer_scale2")?));
         Ok(Self {
-            layer_norm1: LayerNorm::load(vb.pp("layer_norm1"), config.width, config.layer_norm_eps)?,
+            layer_norm1: norm("layer_norm1")?,
             self_attn: Attention::load(vb.pp("self_attn"), config)?,
-            layer_norm2: LayerNorm::load(vb.pp("layer_norm2"), config.width, config.layer_norm_eps)?,
+            layer_norm2: norm("layer_norm2")?,
             mlp: Mlp::load(vb.pp("mlp"), config)?,
+            layer_scales: style.layer_scale.then(scales).transpose()?,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = (x + self.self_attn.forward(&self.layer_norm1.forward(x)?)?)?;
-        &x + self.mlp.forward(&self.layer_norm2.forward(&x)?)?
+        let attended = self.self_attn.forward(&self.layer_norm1.forward(x)?)?;
+        let Some((scale1, scale2)) = &self.layer_scales else {
+            let x = (x + attended)?;
+            return &x + self.mlp.forward(&self.layer_norm2.forward(&x)?)?;
+        };
+        let x = (x + attended.broadcast_mul(scale1)?)?;
+        &x + self.mlp.forward(&self.layer_norm2.forward(&x)?)?.broadcast_mul(scale2)?
     }
 }
 
@@ -131,12 +207,22 @@ impl Vit {
     }
 }
 
-/// Learned positions of a grid, interpolated for any other grid as transformers does it (bicubic, a = −0.75, half-pixel
-/// centres, no antialiasing).
+/// How positions of one grid become those of another; each is what transformers does for the encoders named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Interpolation {
+    /// Bicubic, a = −0.75, half-pixel centres, no antialiasing: SigLIP, DINOv2, InternViT, MAE.
+    #[default]
+    Bicubic,
+    /// Bicubic, a = −0.5, the filter widened where the grid shrinks: DINOv2 with registers.
+    Antialiased,
+}
+
+/// Learned positions of a grid, interpolated for any other grid.
 #[derive(Debug, Clone)]
 pub struct Positions {
     table: Tensor,
     grid: (usize, usize),
+    interpolation: Interpolation,
 }
 
 impl Positions {
@@ -144,7 +230,13 @@ impl Positions {
     pub fn load(vb: VarBuilder, grid: (usize, usize), width: usize) -> Result<Self> {
         let init = Init::Randn { mean: 0.0, stdev: 0.02 };
         let table = vb.get_with_hints((grid.0 * grid.1, width), "weight", init)?;
-        Ok(Self { table, grid })
+        Ok(Self { table, grid, interpolation: Interpolation::default() })
+    }
+
+    /// The same with another interpolation.
+    #[must_use]
+    pub fn interpolated(self, interpolation: Interpolation) -> Self {
+        Self { interpolation, ..self }
     }
 
     /// Adds the positions to tokens `[B, h·w, D]` of a grid (h, w).
@@ -159,33 +251,56 @@ impl Positions {
         }
         let (h0, w0) = self.grid;
         let width = self.table.dim(1)?;
-        let device = self.table.device();
-        let rows = bicubic(h, h0, device)?.to_dtype(self.table.dtype())?; // [h,h0]
-        let columns = bicubic(w, w0, device)?.to_dtype(self.table.dtype())?; // [w,w0]
-        let x = rows.matmul(&self.table.reshape((h0, w0 * width))?)?; // [h,w0·D]
+        let weights = |output: usize, input: usize| {
+            Tensor::from_vec(self.interpolation.weights(output, input), (output, input), self.table.device())?
+                .to_dtype(self.table.dtype())
+        };
+        let x = weights(h, h0)?.matmul(&self.table.reshape((h0, w0 * width))?)?; // [h,w0·D]
         let x = x.reshape((h, w0, width))?.transpose(0, 1)?.reshape((w0, h * width))?;
-        let x = columns.matmul(&x)?.reshape((w, h, width))?; // [w,h,D]
+        let x = weights(w, w0)?.matmul(&x)?.reshape((w, h, width))?; // [w,h,D]
         x.transpose(0, 1)?.reshape((h * w, width))
     }
 }
 
-/// The weights with which `input` samples make `output` samples, `[output, input]`.
-fn bicubic(output: usize, input: usize, device: &Device) -> Result<Tensor> {
-    const A: f32 = -0.75;
-    let near = |x: f32| ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0;
-    let far = |x: f32| ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A;
-    let scale = input as f32 / output as f32;
-    let mut weights = vec![0f32; output * input];
-    for o in 0..output {
-        let centre = scale * (o as f32 + 0.5) - 0.5;
-        let t = centre - centre.floor();
-        let taps = [far(t + 1.0), near(t), near(1.0 - t), far(2.0 - t)];
-        for (i, tap) in taps.into_iter().enumerate() {
-            let source = (centre.floor() as isize - 1 + i as isize).clamp(0, input as isize - 1) as usize;
-            weights[o * input + source] += tap;
+impl Interpolation {
+    /// The weights with which `input` samples make `output` samples, `[output, input]`.
+    fn weights(self, output: usize, input: usize) -> Vec<f32> {
+        let scale = input as f32 / output as f32;
+        let mut weights = vec![0f32; output * input];
+        for (o, row) in weights.chunks_exact_mut(input).enumerate() {
+            let centre = scale * (o as f32 + 0.5);
+            match self {
+                Self::Bicubic => {
+                    let (centre, last) = (centre - 0.5, input as isize - 1);
+                    for tap in -1..3 {
+                        let source = centre.floor() as isize + tap;
+                        row[source.clamp(0, last) as usize] += cubic(centre - source as f32, -0.75);
+                    }
+                }
+                Self::Antialiased => {
+                    let stretch = scale.max(1.0);
+                    let first = ((centre - 2.0 * stretch + 0.5) as isize).max(0) as usize;
+                    let end = ((centre + 2.0 * stretch + 0.5) as usize).min(input);
+                    let tap = |i: usize| cubic((i as f32 + 0.5 - centre) / stretch, -0.5);
+                    let sum: f32 = (first..end).map(tap).sum();
+                    (first..end).for_each(|i| row[i] = tap(i) / sum);
+                }
+            }
         }
+        weights
     }
-    Tensor::from_vec(weights, (output, input), device)
+}
+
+/// Keys' cubic convolution kernel.
+fn cubic(x: f32, a: f32) -> f32 {
+    let x = x.abs();
+    if x <= 1.0 {
+        ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    } else if x < 2.0 {
+        ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
+    } else {
+        0.0
+    }
 }
 
 /// Images to patches: `[B, 3, h·p, w·p]` to `[B, h·w, 3·p·p]`, channel first within a patch, as a convolution's weight is.
@@ -263,6 +378,8 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
 
     #[test]
@@ -284,12 +401,13 @@ mod tests {
     }
 
     #[test]
-    fn bicubic_weights_of_a_row_sum_to_one() -> Result<()> {
-        for (output, input) in [(1, 4), (7, 3), (16, 24), (3, 1)] {
-            for row in bicubic(output, input, &Device::Cpu)?.to_vec2::<f32>()? {
-                assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+    fn weights_of_a_row_sum_to_one() {
+        for interpolation in [Interpolation::Bicubic, Interpolation::Antialiased] {
+            for (output, input) in [(1, 4), (7, 3), (16, 24), (3, 1)] {
+                for row in interpolation.weights(output, input).chunks_exact(input) {
+                    assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+                }
             }
         }
-        Ok(())
     }
 }

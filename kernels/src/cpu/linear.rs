@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::product::{PANEL, Packed};
 use super::{Element, Matrix};
-use crate::vector::gelu;
+use crate::vector::{gelu, gelu_erf, sigmoid};
 use crate::vectorised;
 
 /// Rows of a piece of work: whole strips of every instruction set (6 rows, or 32).
@@ -18,6 +18,8 @@ pub enum End<'a, T> {
     Store(&'a mut Matrix<T>),
     /// Their GELU (tanh form) replaces the contents of a matrix.
     Gelu(&'a mut Matrix<T>),
+    /// Their GELU as it is replaces the contents of a matrix.
+    GeluErf(&'a mut Matrix<T>),
     /// They replace the contents of a matrix of f32.
     Wide(&'a mut Matrix<f32>),
     /// They are added to a residual.
@@ -38,6 +40,7 @@ pub fn linear<T: Element>(x: &Matrix<T>, weight: &Packed<T>, bias: &[f32], end: 
     match end {
         End::Store(out) => each(x, weight, bias, out, Store),
         End::Gelu(out) => each(x, weight, bias, out, Gelu),
+        End::GeluErf(out) => each(x, weight, bias, out, GeluErf),
         End::Wide(out) => each(x, weight, bias, out, Store),
         End::Add(out) => each(x, weight, bias, out, Add),
     }
@@ -65,6 +68,16 @@ impl<O: Element> Finish<O> for Gelu {
     #[inline(always)]
     fn finish(self, out: &mut O, sum: f32) {
         *out = O::narrow(gelu(sum));
+    }
+}
+
+#[derive(Clone, Copy)]
+struct GeluErf;
+
+impl<O: Element> Finish<O> for GeluErf {
+    #[inline(always)]
+    fn finish(self, out: &mut O, sum: f32) {
+        *out = O::narrow(gelu_erf(sum));
     }
 }
 
@@ -123,4 +136,29 @@ fn each<T: Element, O: Element, F: Finish<O>>(
             }
         },
     );
+}
+
+/// `silu(a) · b`, a and b the halves of every row.
+///
+/// # Shapes
+/// - halves: `[N, 2·H]`
+/// - out: `[N, H]`
+///
+/// # Panics
+/// When the shapes do not fit: a bug in the caller, not in the input.
+pub fn swiglu<T: Element>(halves: &Matrix<T>, out: &mut Matrix<T>) {
+    let (n, h) = (out.rows(), out.columns());
+    assert_eq!((halves.rows(), halves.columns()), (n, 2 * h), "swiglu: the shapes do not fit");
+    let (halves_stride, stride) = (halves.stride(), out.stride());
+    let rows = out.padded_mut().par_chunks_mut(stride).zip(halves.padded().par_chunks(halves_stride));
+    rows.for_each(|(out, halves)| swiglu_row(&mut out[..h], &halves[..h], &halves[h..2 * h]));
+}
+
+vectorised! {
+    fn swiglu_row[T: Element](out: &mut [T], a: &[T], b: &[T]) {
+        for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+            let a = a.widen();
+            *out = T::narrow(a * sigmoid(a) * b.widen());
+        }
+    }
 }

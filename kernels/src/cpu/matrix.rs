@@ -117,6 +117,18 @@ pub struct Matrix<T> {
     stride: usize,
 }
 
+impl Matrix<f32> {
+    /// Adds another matrix of the same shape.
+    ///
+    /// # Panics
+    /// When the shapes differ: a bug in the caller, not in the input.
+    pub fn add(&mut self, other: &Self) {
+        assert_eq!((self.rows, self.columns), (other.rows, other.columns));
+        let others = other.data.as_slice();
+        self.data.as_mut_slice().iter_mut().zip(others).for_each(|(x, y)| *x += y);
+    }
+}
+
 impl<T: Element> Matrix<T> {
     /// Zeros.
     pub fn new(rows: usize, columns: usize) -> Self {

@@ -17,9 +17,9 @@ mod tests;
 
 pub use attention::attention;
 pub use isa::{Isa, VARIABLE};
-pub use linear::{End, linear};
+pub use linear::{End, linear, swiglu};
 pub use matrix::{Bf16, Element, Matrix};
-pub use norm::layer_norm;
+pub use norm::{layer_norm, rms_norm, rms_norm_columns};
 pub use product::Packed;
 #[doc(hidden)]
 pub use product::{Block, Kernel};

@@ -1,9 +1,17 @@
 //! Pixels to continuous features: the pretrained half of the tokenizer.
 
+mod dinov2;
+mod internvit;
+mod mae;
 mod siglip;
+mod tower;
 
-pub(crate) use siglip::Surroundings;
-pub use siglip::{Backend, Features, Siglip, SiglipConfig};
+pub use dinov2::Dinov2Config;
+pub use internvit::InternVitConfig;
+pub use mae::MaeConfig;
+pub use siglip::{Backend, SiglipConfig, Stock};
+pub(crate) use tower::Surroundings;
+pub use tower::{Features, Layout, Tower};
 
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
@@ -16,41 +24,90 @@ pub enum Config {
     /// SigLIP, and SigLIP2 of a fixed image size.
     #[serde(rename = "siglip_vision_model")]
     Siglip(SiglipConfig),
+    /// DINOv2, with or without registers.
+    #[serde(rename = "dinov2", alias = "dinov2_with_registers")]
+    Dinov2(Dinov2Config),
+    /// InternViT.
+    #[serde(rename = "internvl_vision")]
+    InternVit(InternVitConfig),
+    /// The encoder of a masked autoencoder.
+    #[serde(rename = "vit_mae")]
+    Mae(MaeConfig),
 }
 
 impl Config {
+    /// What tells it from other encoders.
+    pub fn layout(&self) -> Layout {
+        match self {
+            Self::Siglip(config) => config.layout(),
+            Self::Dinov2(config) => config.layout(),
+            Self::InternVit(config) => config.layout(),
+            Self::Mae(config) => config.layout(),
+        }
+    }
+
+    /// Side in pixels of the images that it was trained on, the longer one.
+    pub fn image_size(&self) -> usize {
+        match self {
+            Self::Siglip(config) => config.image_size,
+            Self::Dinov2(config) => config.image_size,
+            Self::InternVit(config) => config.image_size[0].max(config.image_size[1]),
+            Self::Mae(config) => config.image_size,
+        }
+    }
+
+    /// Which of its states are the features.
+    pub fn features_mut(&mut self) -> &mut Features {
+        match self {
+            Self::Siglip(config) => &mut config.features,
+            Self::Dinov2(config) => &mut config.features,
+            Self::InternVit(config) => &mut config.features,
+            Self::Mae(config) => &mut config.features,
+        }
+    }
+
+    /// Whether candle-transformers runs it.
+    pub fn is_stock(&self) -> bool {
+        matches!(self, Self::Siglip(config) if config.backend == Backend::CandleTransformers)
+    }
+
     /// Width D of the features.
     pub fn width(&self) -> usize {
-        match self {
-            Self::Siglip(config) => config.hidden_size,
-        }
+        self.layout().vit.width
     }
 
     /// Side of a patch in pixels.
     pub fn patch(&self) -> usize {
-        match self {
-            Self::Siglip(config) => config.patch_size,
-        }
+        self.layout().patch
     }
 
     /// The blocks' sizes.
     pub fn vit(&self) -> crate::vit::Config {
-        match self {
-            Self::Siglip(config) => config.vit(),
-        }
+        self.layout().vit
     }
 
     /// The grid (h, w) that the encoder was trained on.
     pub fn grid(&self) -> (usize, usize) {
-        match self {
-            Self::Siglip(config) => config.grid(),
-        }
+        self.layout().grid
     }
 
     /// Whether the sizes make sense; the error names the field.
     pub fn check(&self) -> std::result::Result<(), String> {
         match self {
             Self::Siglip(config) => config.check(),
+            Self::Dinov2(config) => config.check(),
+            Self::InternVit(config) => config.check(),
+            Self::Mae(config) => config.check(),
+        }?;
+        self.layout().check(self.image_size())
+    }
+
+    /// Where the tower and its blocks stand below the encoder's own name.
+    pub(crate) fn places<'a>(&self, vb: &VarBuilder<'a>) -> (VarBuilder<'a>, VarBuilder<'a>) {
+        match self {
+            // As Hugging Face's checkpoints have it.
+            Self::Siglip(_) => (vb.pp("vision_model"), vb.pp("vision_model").pp("encoder")),
+            _ => (vb.clone(), vb.clone()),
         }
     }
 }
@@ -58,15 +115,19 @@ impl Config {
 /// An encoder with its weights.
 #[derive(Debug, Clone)]
 pub enum Encoder {
-    /// SigLIP, and SigLIP2 of a fixed image size.
-    Siglip(Siglip),
+    /// On our [`Tower`].
+    Tower(Box<Tower>),
+    /// candle-transformers' SigLIP.
+    Stock(Box<Stock>),
 }
 
 impl Encoder {
     /// Loads the encoder that `config` names.
     pub fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
+        let (tower, blocks) = config.places(&vb);
         match config {
-            Config::Siglip(config) => Siglip::load(vb, config).map(Self::Siglip),
+            Config::Siglip(siglip) if config.is_stock() => Ok(Self::Stock(Box::new(Stock::load(tower, siglip)?))),
+            _ => Ok(Self::Tower(Box::new(Tower::load(&tower, blocks, config.layout())?))),
         }
     }
 
@@ -77,18 +138,20 @@ impl Encoder {
     /// - output: `[B, h·w, D]`
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Siglip(encoder) => encoder.forward(pixels),
+            Self::Tower(tower) => tower.forward(pixels),
+            Self::Stock(stock) => stock.forward(pixels),
         }
     }
 
-    /// The embeddings and the output of every block, as transformers' `hidden_states`: depth + 1 tensors `[B, N, D]`.
+    /// The embeddings and the output of every block, as transformers' `hidden_states`: depth + 1 tensors `[B, P + N, D]`,
+    /// P tokens of the encoder's own (class token, registers) before those of the patches.
     ///
     /// # Errors
     /// Also where the encoder is candle-transformers', which does not show them.
     pub fn hidden_states(&self, pixels: &Tensor) -> Result<Vec<Tensor>> {
         match self {
-            Self::Siglip(Siglip::Vit(encoder)) => encoder.hidden_states(pixels),
-            Self::Siglip(Siglip::Stock(_)) => {
+            Self::Tower(tower) => tower.hidden_states(pixels),
+            Self::Stock(_) => {
                 candle_core::bail!("candle-transformers' SigLIP does not show its hidden states; set backend to vit")
             }
         }

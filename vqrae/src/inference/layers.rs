@@ -4,7 +4,9 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
-use vqrae_kernels::cpu::{Element, End, Isa, Matrix, Packed, attention, layer_norm, linear};
+use vqrae_kernels::cpu::{
+    Element, End, Isa, Matrix, Packed, attention, layer_norm, linear, rms_norm, rms_norm_columns, swiglu,
+};
 
 use crate::{ops, vit};
 
@@ -17,6 +19,13 @@ pub(super) struct Linear<T> {
 impl<T: Element> Linear<T> {
     pub(super) fn pack(layer: &ops::Linear, isa: Isa) -> Result<Self> {
         Self::stack(&[layer], isa)
+    }
+
+    /// A layer whose output is multiplied by `scale` `[E]`, if there is one.
+    fn scaled(layer: &ops::Linear, scale: Option<&Tensor>, isa: Isa) -> Result<Self> {
+        let Some(scale) = scale else { return Self::pack(layer, isa) };
+        let weight = layer.weight.broadcast_mul(&scale.unsqueeze(1)?)?;
+        Self::of(&weight, Some(&(&layer.bias * scale)?), isa)
     }
 
     /// Several layers of one input as one layer, whose output is theirs side by side.
@@ -49,20 +58,29 @@ impl<T: Element> Linear<T> {
     }
 }
 
-/// A layer norm.
+/// A norm.
 pub(super) struct Norm {
     weight: Vec<f32>,
-    bias: Vec<f32>,
+    /// `None` for a root-mean-square norm.
+    bias: Option<Vec<f32>>,
     eps: f32,
 }
 
 impl Norm {
-    pub(super) fn of(norm: &ops::LayerNorm) -> Result<Self> {
-        Ok(Self { weight: values(&norm.weight)?, bias: values(&norm.bias)?, eps: norm.eps as f32 })
+    pub(super) fn of(norm: &ops::Norm) -> Result<Self> {
+        Ok(match norm {
+            ops::Norm::Layer(norm) => {
+                Self { weight: values(&norm.weight)?, bias: Some(values(&norm.bias)?), eps: norm.eps as f32 }
+            }
+            ops::Norm::Rms { weight, eps } => Self { weight: values(weight)?, bias: None, eps: *eps as f32 },
+        })
     }
 
     pub(super) fn run<T: Element>(&self, x: &Matrix<f32>, out: &mut Matrix<T>) {
-        layer_norm(x, &self.weight, &self.bias, self.eps, out);
+        match &self.bias {
+            Some(bias) => layer_norm(x, &self.weight, bias, self.eps, out),
+            None => rms_norm(x, &self.weight, self.eps, out),
+        }
     }
 }
 
@@ -74,6 +92,8 @@ pub(super) fn values(tensor: &Tensor) -> Result<Vec<f32>> {
 struct Block<T> {
     norm1: Norm,
     qkv: Linear<T>,
+    /// The norms of q and k, if any.
+    qk_norms: Option<(Norm, Norm)>,
     out: Linear<T>,
     norm2: Norm,
     fc1: Linear<T>,
@@ -82,14 +102,17 @@ struct Block<T> {
 
 impl<T: Element> Block<T> {
     fn pack(block: &vit::Block, isa: Isa) -> Result<Self> {
-        let vit::Block { layer_norm1, self_attn, layer_norm2, mlp } = block;
+        let vit::Block { layer_norm1, self_attn, layer_norm2, mlp, layer_scales } = block;
+        let (scale1, scale2) = layer_scales.as_ref().map(|(a, b)| (a, b)).unzip();
+        let qk_norms = |(q, k): &(ops::Norm, ops::Norm)| Ok::<_, candle_core::Error>((Norm::of(q)?, Norm::of(k)?));
         Ok(Self {
             norm1: Norm::of(layer_norm1)?,
             qkv: Linear::stack(&[&self_attn.q_proj, &self_attn.k_proj, &self_attn.v_proj], isa)?,
-            out: Linear::pack(&self_attn.out_proj, isa)?,
+            qk_norms: self_attn.qk_norms.as_ref().map(qk_norms).transpose()?,
+            out: Linear::scaled(&self_attn.out_proj, scale1, isa)?,
             norm2: Norm::of(layer_norm2)?,
             fc1: Linear::pack(&mlp.fc1, isa)?,
-            fc2: Linear::pack(&mlp.fc2, isa)?,
+            fc2: Linear::scaled(&mlp.fc2, scale2, isa)?,
         })
     }
 }
@@ -108,6 +131,8 @@ struct Scratch<T> {
     normed: Matrix<T>,
     qkv: Matrix<T>,
     hidden: Matrix<T>,
+    /// What a SwiGLU makes its hidden values of; without rows for other activations.
+    halves: Matrix<T>,
 }
 
 impl<T: Element> Vit<T> {
@@ -123,13 +148,24 @@ impl<T: Element> Vit<T> {
         let mut scratch = self.scratch(x.rows());
         seen(x);
         for block in &self.blocks {
-            let Scratch { normed, qkv, hidden } = &mut scratch;
+            let Scratch { normed, qkv, hidden, halves } = &mut scratch;
             block.norm1.run(x, normed);
             block.qkv.run(normed, End::Store(qkv));
+            if let Some((q, k)) = &block.qk_norms {
+                rms_norm_columns(qkv, 0, &q.weight, q.eps);
+                rms_norm_columns(qkv, self.config.width, &k.weight, k.eps);
+            }
             attention(qkv, self.config.heads, self.isa, normed);
             block.out.run(normed, End::Add(x));
             block.norm2.run(x, normed);
-            block.fc1.run(normed, End::Gelu(hidden));
+            match self.config.style.activation {
+                vit::Activation::GeluTanh => block.fc1.run(normed, End::Gelu(hidden)),
+                vit::Activation::Gelu => block.fc1.run(normed, End::GeluErf(hidden)),
+                vit::Activation::SwiGlu => {
+                    block.fc1.run(normed, End::Store(halves));
+                    swiglu(halves, hidden);
+                }
+            }
             block.fc2.run(hidden, End::Add(x));
             seen(x);
         }
@@ -140,7 +176,9 @@ impl<T: Element> Vit<T> {
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
         // Images of another size come in their turn: what fits none of them any more goes.
         spare.retain(|scratch| scratch.normed.rows() == n);
+        let has_halves = self.config.style.activation == vit::Activation::SwiGlu;
         spare.pop().unwrap_or_else(|| Scratch {
+            halves: Matrix::new(if has_halves { n } else { 0 }, 2 * self.config.mlp_width),
             normed: Matrix::new(n, self.config.width),
             qkv: Matrix::new(n, 3 * self.config.width),
             hidden: Matrix::new(n, self.config.mlp_width),

@@ -28,7 +28,7 @@ use crate::weights::Loader;
 pub(crate) trait Inference: Send + Sync {
     /// `[B, 3, H, W]` to features `[B, N, D]`.
     fn encode(&self, pixels: &Tensor) -> Result<Tensor>;
-    /// `[B, 3, H, W]` to depth + 1 hidden states `[B, N, D]`.
+    /// `[B, 3, H, W]` to depth + 1 hidden states `[B, P + N, D]`.
     fn hidden_states(&self, pixels: &Tensor) -> Result<Vec<Tensor>>;
     /// `[B, 3, H, W]` to codes u32 `[B, h, w]`.
     fn encode_to_indices(&self, pixels: &Tensor) -> Result<Tensor>;
@@ -149,7 +149,7 @@ impl<T: Element> Inference for Network<T> {
                 layer.next().into_iter().for_each(|state| state.extend(x.to_vec()));
             });
         }
-        let shape = [b, grid.0 * grid.1, self.config.encoder.width()];
+        let shape = [b, self.config.encoder.layout().prefix + grid.0 * grid.1, self.config.encoder.width()];
         states.into_iter().map(|state| tensor(state, &shape)).collect()
     }
 

@@ -13,23 +13,26 @@ use crate::{decoder, encoder, quantizer};
 pub(super) struct Encoder<T> {
     patch_embedding: Linear<T>,
     position_embedding: Positions,
+    /// Tokens before those of the patches, `[P, D]`.
+    prefix_tokens: Vec<f32>,
     blocks: Vit<T>,
     norm: Option<Norm>,
-    patch: usize,
+    layout: encoder::Layout,
 }
 
 impl<T: Element> Encoder<T> {
     pub(super) fn load(vb: VarBuilder, config: &encoder::Config, isa: Isa) -> Result<Self> {
-        let encoder::Config::Siglip(siglip) = config;
-        let vb = vb.pp("vision_model");
-        let parts = encoder::Surroundings::load(&vb, siglip)?;
+        let (tower, blocks) = config.places(&vb);
+        let layout = config.layout();
+        let parts = encoder::Surroundings::load(&tower, &layout)?;
         let embedding = &parts.patch_embedding;
         Ok(Self {
             patch_embedding: Linear::of(&embedding.weight, Some(&embedding.bias), isa)?,
             position_embedding: parts.position_embedding,
-            blocks: Vit::load(vb.pp("encoder"), &config.vit(), isa)?,
+            prefix_tokens: parts.prefix_tokens.as_ref().map(values).transpose()?.unwrap_or_default(),
+            blocks: Vit::load(blocks, &layout.vit, isa)?,
             norm: parts.post_layernorm.as_ref().map(Norm::of).transpose()?,
-            patch: config.patch(),
+            layout,
         })
     }
 
@@ -38,7 +41,7 @@ impl<T: Element> Encoder<T> {
         values(&self.position_embedding.at(grid)?)
     }
 
-    /// The features of one image before the final norm, `[N, D]`; `seen` is shown every hidden state.
+    /// The features of one image before the final norm, `[N, D]`; `seen` is shown every hidden state, `[P + N, D]`.
     ///
     /// # Shapes
     /// - pixels: `[3, h·P, w·P]`
@@ -48,14 +51,39 @@ impl<T: Element> Encoder<T> {
         pixels: &[f32],
         grid: (usize, usize),
         positions: &[f32],
-        seen: impl FnMut(&Matrix<f32>),
+        mut seen: impl FnMut(&Matrix<f32>),
     ) -> Matrix<f32> {
-        let (n, d) = (grid.0 * grid.1, self.patch_embedding.width());
-        let mut x = Matrix::new(n, d);
-        positions.chunks_exact(d).enumerate().for_each(|(i, row)| x.set_row(i, row));
-        self.patch_embedding.run(&patches(pixels, grid, self.patch), End::Add(&mut x));
-        self.blocks.run(&mut x, seen);
-        x
+        let (n, d, prefix) = (grid.0 * grid.1, self.patch_embedding.width(), self.layout.prefix);
+        let mut tokens = Matrix::new(n, d);
+        positions.chunks_exact(d).enumerate().for_each(|(i, row)| tokens.set_row(i, row));
+        self.patch_embedding.run(&patches(pixels, grid, self.layout.patch), End::Add(&mut tokens));
+        let mut x = tokens;
+        if prefix > 0 {
+            let tokens = std::mem::replace(&mut x, Matrix::new(prefix + n, d));
+            self.prefix_tokens.chunks_exact(d).enumerate().for_each(|(i, row)| x.set_row(i, row));
+            (0..n).for_each(|i| x.set_row(prefix + i, tokens.row(i)));
+        }
+        // What is summed: the last state alone, or more of them.
+        let first = self.layout.features.first_state(self.layout.vit.depth);
+        let mut sum: Option<Matrix<f32>> = None;
+        let mut state = 0;
+        self.blocks.run(&mut x, |x| {
+            seen(x);
+            if state >= first && first < self.layout.vit.depth {
+                match &mut sum {
+                    Some(sum) => sum.add(x),
+                    None => sum = Some(x.clone()),
+                }
+            }
+            state += 1;
+        });
+        let x = sum.unwrap_or(x);
+        if prefix == 0 {
+            return x;
+        }
+        let mut features = Matrix::new(n, d);
+        (0..n).for_each(|i| features.set_row(i, x.row(prefix + i)));
+        features
     }
 
     /// What follows the last block.

@@ -39,6 +39,12 @@ impl Linear {
         Ok(Self { weight, bias })
     }
 
+    /// Loads `[E, D]` alone; the bias is zero and no parameter.
+    pub fn load_without_bias(vb: VarBuilder, d: usize, e: usize) -> Result<Self> {
+        let weight = vb.get_with_hints((e, d), "weight", Init::Randn { mean: 0.0, stdev: 0.02 })?;
+        Ok(Self { bias: Tensor::zeros(e, weight.dtype(), weight.device())?, weight })
+    }
+
     /// `[…, D]` to `[…, E]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         linear(x, &self.weight, &self.bias)

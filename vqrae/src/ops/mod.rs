@@ -14,11 +14,13 @@ pub mod composed;
 mod gelu;
 mod layer_norm;
 mod linear;
+mod norm;
 
 pub use attention::attention;
 pub use gelu::gelu;
 pub use layer_norm::{LayerNorm, layer_norm};
 pub use linear::{Linear, linear};
+pub use norm::Norm;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
 

@@ -202,8 +202,7 @@ impl Config {
         tell: Observer,
     ) -> Result<(model::Config, Preprocessor, Tensors)> {
         let config = self.model.config();
-        let encoder::Config::Siglip(siglip) = &self.model.encoder;
-        let mut preprocessor = Preprocessor::siglip(siglip.image_size, Resample::Bicubic);
+        let mut preprocessor = Preprocessor::siglip(self.model.encoder.image_size(), Resample::Bicubic);
         preprocessor.resize_mode = self.train.resize_mode;
         if let Start::Folder { path } = &self.start {
             if Model::of_folder(path)? != self.model {

@@ -69,7 +69,6 @@ struct Sizes {
 impl Sizes {
     fn check(model: &ModelConfig) -> Result<Self> {
         let decoder = model.decoder.sizes(&model.encoder);
-        let encoder::Config::Siglip(siglip) = &model.encoder;
         let quantizer::Config::SimVq(simvq) = &model.quantizer;
         let sizes = Self {
             patch: model.encoder.patch(),
@@ -81,7 +80,8 @@ impl Sizes {
         let wish = |holds: bool, what: &str| {
             if holds { Ok(()) } else { Err(Error::Training(format!("start = \"principal-components\" needs {what}"))) }
         };
-        wish(siglip.features == Features::BeforeNorm, "model.encoder.features = \"before_norm\"")?;
+        wish(model.encoder.layout().features == Features::BeforeNorm, "model.encoder.features = \"before_norm\"")?;
+        wish(matches!(model.encoder, encoder::Config::Siglip(_)), "an encoder of model_type siglip_vision_model")?;
         wish(!decoder.final_norm, "model.decoder.final_norm = false")?;
         wish(decoder.patch == sizes.patch, "the same patch size in encoder and decoder")?;
         wish(simvq.metric == quantizer::Metric::Euclidean, "model.quantizer.metric = \"euclidean\"")?;

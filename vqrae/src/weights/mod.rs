@@ -4,6 +4,7 @@
 
 mod fresh;
 mod loader;
+mod names;
 mod store;
 
 pub use fresh::Fresh;
@@ -15,8 +16,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::Tensor;
+use serde_json::{Value, json};
 
-use crate::encoder::SiglipConfig;
+use crate::encoder;
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -48,38 +50,82 @@ fn some(names: &[&String]) -> String {
     shown.join(", ") + if names.len() > 5 { ", …" } else { "" }
 }
 
-/// Reads a SigLIP (or fixed-size SigLIP2) folder of the Hugging Face hub: its vision config, and the tensors of its
-/// vision tower under our names (`encoder.vision_model.…`).
+/// Reads a folder of a pretrained encoder: its config, and the tensors of its vision tower under our names
+/// (`encoder.…`).
 ///
-/// Accepts a whole `SiglipModel` (beside `text_model.…`, `logit_scale`, `logit_bias`), a lone `SiglipVisionModel`, and
-/// transformers 5's form of the latter without the prefix. The text tower and the pooling head (`head.…`) are left out:
-/// a tokenizer has no use for them.
-pub fn siglip(folder: &Path) -> Result<(SiglipConfig, Tensors)> {
-    let config = siglip_config(&folder.join("config.json"))?;
+/// | `model_type` | encoder |
+/// |---|---|
+/// | `siglip`, `siglip_vision_model` | SigLIP, SigLIP2 of a fixed size |
+/// | `dinov2`, `dinov2_with_registers` | DINOv2 |
+/// | `internvl_vision`, `internvl`, `intern_vit_6b` | InternViT |
+/// | `vit_mae` | MAE |
+///
+/// Names are those of Hugging Face (transformers 4 and 5) or of the authors. A text tower, a pooling head and the like are
+/// left out: a tokenizer has no use for them.
+///
+/// # Errors
+/// If a file is missing or broken, or the model type is another one.
+pub fn encoder(folder: &Path) -> Result<(encoder::Config, Tensors)> {
+    let path = folder.join("config.json");
+    let config = encoder_config(&path)?;
     let mut tensors = Tensors::new();
-    for (name, tensor) in read(folder)? {
-        let name = name.strip_prefix("vision_model.").unwrap_or(&name);
-        let other = ["text_model.", "head.", "logit_", "embeddings.position_ids"];
-        if !other.iter().any(|prefix| name.starts_with(prefix)) {
-            tensors.insert(format!("encoder.vision_model.{name}"), tensor);
+    if let encoder::Config::Siglip(_) = config {
+        for (name, tensor) in read(folder)? {
+            let name = name.strip_prefix("vision_model.").unwrap_or(&name);
+            let other = ["text_model.", "head.", "logit_", "embeddings.position_ids"];
+            if !other.iter().any(|prefix| name.starts_with(prefix)) {
+                tensors.insert(format!("encoder.vision_model.{name}"), tensor);
+            }
         }
+    } else {
+        let tower = names::of_tower(read(folder)?, &config.layout()).map_err(|e| Error::weights(folder, e))?;
+        tensors.extend(tower.into_iter().map(|(name, tensor)| (format!("encoder.{name}"), tensor)));
     }
     Ok((config, tensors))
 }
 
-fn siglip_config(path: &Path) -> Result<SiglipConfig> {
+fn encoder_config(path: &Path) -> Result<encoder::Config> {
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    let mut json: serde_json::Value = serde_json::from_str(&text).map_err(|e| Error::config(path, e))?;
+    let mut json: Value = serde_json::from_str(&text).map_err(|e| Error::config(path, e))?;
     let model_type = json["model_type"].as_str().unwrap_or("(none)").to_string();
-    let vision = match model_type.as_str() {
-        "siglip" => json["vision_config"].take(),
-        "siglip_vision_model" => json,
+    let (ours, mut vision) = match model_type.as_str() {
+        "siglip" => ("siglip_vision_model", json["vision_config"].take()),
+        "internvl" => ("internvl_vision", json["vision_config"].take()),
+        "intern_vit_6b" => ("internvl_vision", authors_internvit(json)),
+        "siglip_vision_model" | "dinov2" | "dinov2_with_registers" | "internvl_vision" | "vit_mae" => {
+            (model_type.as_str(), json)
+        }
         other => {
             return Err(Error::config(
                 path,
-                format!("model_type is `{other}`, expected: `siglip` or `siglip_vision_model`"),
+                format!(
+                    "model_type is `{other}`, expected: `siglip`, `siglip_vision_model`, `dinov2`, \
+                     `dinov2_with_registers`, `internvl_vision`, `internvl`, `intern_vit_6b` or `vit_mae`"
+                ),
             ));
         }
     };
-    serde_json::from_value(vision).map_err(|e| Error::config(path, e))
+    if model_type == "dinov2_with_registers" && vision["num_register_tokens"].is_null() {
+        vision["num_register_tokens"] = json!(4);
+    }
+    for key in ["image_size", "patch_size"] {
+        let wants_pair = ours == "internvl_vision";
+        if wants_pair && vision[key].is_number() {
+            vision[key] = json!([vision[key], vision[key]]);
+        }
+    }
+    vision["model_type"] = json!(ours);
+    let config: encoder::Config = serde_json::from_value(vision).map_err(|e| Error::config(path, e))?;
+    config.check().map_err(|reason| Error::config(path, reason))?;
+    Ok(config)
+}
+
+/// OpenGVLab's own config of InternViT, under Hugging Face's keys.
+fn authors_internvit(mut config: Value) -> Value {
+    for (theirs, ours) in [("qkv_bias", "attention_bias"), ("qk_normalization", "use_qk_norm")] {
+        if let Some(value) = config.as_object_mut().and_then(|config| config.remove(theirs)) {
+            config[ours] = value;
+        }
+    }
+    config
 }

@@ -1,0 +1,218 @@
+//! A process of one model that does what it is told, a line at a time, and says how long that took.
+//!
+//! ```text
+//! tokenize B            codes of B images
+//! reconstruct B         images of B grids of codes
+//! dump INPUT OUTPUT     of "pixels" f32 [B, 3, H, W] in a safetensors file: "hidden_states" [depth + 1, B, N, D], "indices"
+//!                       u32 [B, h, w], "pixels_out" f32 [B, 3, H', W']
+//! dump OUTPUT           where only codes are searched: "tokens" f32 [N, D], "codes" f32 [K, D], "indices" u32 [N]
+//! ```
+//! The first line of its answers is [`Opened`], each of the others [`Done`], as JSON.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Lines, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use vqrae::weights::{self, Tensors};
+use vqrae::{DType, Device, Tensor, Vqrae};
+use vqrae_kernels::{Codebook, Metric};
+
+use super::shape::{self, CODES, TOKENS};
+use crate::report;
+
+/// What a worker says when it is ready.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Opened {
+    pub(super) dtype: String,
+    pub(super) precision: String,
+    pub(super) threads: usize,
+    /// Whether codes become images again.
+    pub(super) reconstructs: bool,
+    /// Floating-point operations of tokenizing one image.
+    pub(super) operations: f64,
+    pub(super) open_seconds: f64,
+}
+
+/// What a worker says when it has done what it was told.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Done {
+    pub(super) seconds: f64,
+    /// The most memory that the process has held so far.
+    pub(super) peak_mib: Option<u64>,
+}
+
+/// What a worker works with.
+pub(super) enum Subject {
+    Model(Box<Vqrae>),
+    Search { codebook: Box<Codebook>, tokens: Vec<f32> },
+}
+
+impl Subject {
+    /// A search in random codes.
+    pub(super) fn search() -> Result<Self> {
+        const MOST_IMAGES: usize = 16;
+        let (k, d) = CODES;
+        let codebook = Box::new(Codebook::new(noise(k * d, 1), d, Metric::Cosine)?);
+        Ok(Self::Search { codebook, tokens: noise(MOST_IMAGES * TOKENS * d, 2) })
+    }
+
+    fn opened(&self, open_seconds: f64) -> Result<Opened> {
+        let (dtype, precision, reconstructs, operations) = match self {
+            Self::Model(model) => {
+                let (h, w) = model.preprocessor().size;
+                let (h, w) = model.grid_of(h, w)?;
+                let operations = shape::operations(model.config(), h * w);
+                (model.dtype().as_str().to_string(), model.precision().to_string(), true, operations)
+            }
+            Self::Search { .. } => {
+                ("f32".to_string(), "exact".to_string(), false, shape::scores(TOKENS, CODES.0, CODES.1))
+            }
+        };
+        let threads = rayon::current_num_threads();
+        Ok(Opened { dtype, precision, threads, reconstructs, operations, open_seconds })
+    }
+
+    /// Does one thing for `batch` images and returns its seconds, without those that making its input took.
+    fn run(&self, verb: &str, batch: usize) -> Result<f64> {
+        let begin;
+        match (self, verb) {
+            (Self::Model(model), "tokenize") => {
+                let (h, w) = model.preprocessor().size;
+                let pixels = Tensor::from_vec(noise(batch * 3 * h * w, 0), (batch, 3, h, w), &Device::Cpu)?;
+                begin = Instant::now();
+                model.encode_to_indices(&pixels)?;
+            }
+            (Self::Model(model), "reconstruct") => {
+                let (h, w) = model.preprocessor().size;
+                let (h, w) = model.grid_of(h, w)?;
+                let k = model.codebook_size() as f32;
+                let codes = noise(batch * h * w, 0).into_iter().map(|x| ((x + 1.0) / 2.0 * k) as u32 % k as u32);
+                let codes = Tensor::from_vec(codes.collect(), (batch, h, w), &Device::Cpu)?;
+                begin = Instant::now();
+                model.decode_from_indices(&codes)?;
+            }
+            (Self::Search { codebook, tokens }, "tokenize") => {
+                let tokens = tokens.get(..batch * TOKENS * codebook.width()).context("so many tokens were not made")?;
+                begin = Instant::now();
+                codebook.nearest(tokens)?;
+            }
+            _ => bail!("{verb}: expected: tokenize, reconstruct or dump"),
+        }
+        Ok(begin.elapsed().as_secs_f64())
+    }
+
+    fn dump(&self, files: &[&str]) -> Result<()> {
+        let (output, tensors) = match (self, files) {
+            (Self::Model(model), [input, output]) => (output, everything(model, Path::new(input))?),
+            (Self::Search { codebook, tokens }, [output]) => {
+                let tensor = |values: &[f32]| {
+                    Tensor::from_slice(values, (values.len() / codebook.width(), codebook.width()), &Device::Cpu)
+                };
+                let indices = codebook.nearest(tokens)?;
+                let indices = Tensor::from_vec(indices, tokens.len() / codebook.width(), &Device::Cpu)?;
+                let tensors = [("tokens", tensor(tokens)?), ("codes", tensor(codebook.rows())?), ("indices", indices)];
+                (output, tensors.map(|(name, tensor)| (name.to_string(), tensor)).into())
+            }
+            _ => bail!("dump: expected: INPUT OUTPUT of a model, OUTPUT of a search"),
+        };
+        Ok(weights::write(Path::new(output), &tensors, HashMap::new())?)
+    }
+}
+
+/// All that a model makes of a file's pixels.
+fn everything(model: &Vqrae, input: &Path) -> Result<Tensors> {
+    let pixels = weights::read_file(input)?.remove("pixels").context("the file holds no tensor `pixels`")?;
+    let hidden_states = Tensor::stack(&model.hidden_states(&pixels)?, 0)?.to_dtype(DType::F32)?;
+    let indices = model.encode_to_indices(&pixels)?;
+    let pixels_out = model.decode_from_indices(&indices)?.to_dtype(DType::F32)?;
+    let tensors = [("hidden_states", hidden_states), ("indices", indices), ("pixels_out", pixels_out)];
+    Ok(tensors.map(|(name, tensor)| (name.to_string(), tensor)).into())
+}
+
+/// Opens what it works with and does what stdin says, to its end.
+pub(super) fn serve(open: impl FnOnce() -> Result<Subject>) -> Result<()> {
+    let begin = Instant::now();
+    let subject = open()?;
+    report::data(&serde_json::to_string(&subject.opened(begin.elapsed().as_secs_f64())?)?);
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let seconds = match words.as_slice() {
+            ["dump", files @ ..] => {
+                let begin = Instant::now();
+                subject.dump(files)?;
+                begin.elapsed().as_secs_f64()
+            }
+            [verb, batch] => {
+                subject.run(verb, batch.parse().with_context(|| format!("{line}: no number of images"))?)?
+            }
+            _ => bail!("{line:?}: expected: tokenize B, reconstruct B or dump FILES"),
+        };
+        report::data(&serde_json::to_string(&Done { seconds, peak_mib: peak_mib() })?);
+    }
+    Ok(())
+}
+
+/// Numbers from -1 to 1 that look random and are always the same (SplitMix64).
+fn noise(count: usize, seed: u64) -> Vec<f32> {
+    let value = |i: u64| {
+        let mut x = (seed << 40 | (i + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..count as u64).map(value).collect()
+}
+
+/// The most memory that this process has held, where the system tells.
+fn peak_mib() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib / 1024)
+}
+
+/// A worker as the one sees it that tells it what to do.
+pub(super) struct Worker {
+    process: Child,
+    orders: ChildStdin,
+    answers: Lines<BufReader<ChildStdout>>,
+}
+
+impl Worker {
+    /// Starts this program once more, as `bench --serve` with more `words`.
+    pub(super) fn start(words: &[OsString]) -> Result<(Self, Opened)> {
+        let program = std::env::current_exe().context("this program's own file was not found")?;
+        let mut command = Command::new(program);
+        command.args(["bench", "--serve"]).args(words).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = command.spawn().context("this program could not be started once more")?;
+        let (Some(orders), Some(answers)) = (process.stdin.take(), process.stdout.take()) else {
+            bail!("a pipe is missing")
+        };
+        let mut worker = Self { process, orders, answers: BufReader::new(answers).lines() };
+        let opened = worker.answer()?;
+        Ok((worker, opened))
+    }
+
+    /// Lets it do one thing.
+    pub(super) fn run(&mut self, verb: &str, batch: usize) -> Result<Done> {
+        writeln!(self.orders, "{verb} {batch}").context("a measuring process ended early")?;
+        self.answer()
+    }
+
+    fn answer<T: DeserializeOwned>(&mut self) -> Result<T> {
+        let line = self.answers.next().context("a measuring process ended early")??;
+        Ok(serde_json::from_str(&line)?)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.process.kill().and_then(|()| self.process.wait());
+    }
+}
