@@ -11,3 +11,4 @@ mod model;
 mod ops;
 mod parity;
 mod simvq;
+mod vq;
