@@ -256,6 +256,7 @@ fn a_config_that_makes_no_sense_is_refused_by_its_key() {
         (r#""ema":{"threshold_ema_dead_code":-1.0}"#, "ema.threshold_ema_dead_code"),
         (r#""ema":{"reset_cluster_size":-1.0}"#, "ema.reset_cluster_size"),
         (r#""metric":"hsq","ema":{}"#, "hsq"),
+        (r#""metric":"cosine","norm":"scale""#, "scale"),
         (r#""codebook_size":0"#, "codebook_size"),
         (r#""commitment_cost":-1.0"#, "commitment_cost"),
     ] {

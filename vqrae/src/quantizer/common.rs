@@ -53,23 +53,6 @@ pub(super) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-/// Whether the sizes of a codebook and the weight of the commitment term make sense; the error names the key.
-pub(super) fn check(
-    codebook_size: usize,
-    codebook_dim: usize,
-    commitment_cost: f64,
-) -> std::result::Result<(), String> {
-    for (name, size, limit) in [("codebook_size", codebook_size, 1 << 24), ("codebook_dim", codebook_dim, 1 << 16)] {
-        if size == 0 || size > limit {
-            return Err(format!("quantizer: {name} is {size}, expected: 1 to {limit}"));
-        }
-    }
-    if !commitment_cost.is_finite() || commitment_cost < 0.0 {
-        return Err(format!("quantizer: commitment_cost is {commitment_cost}, expected: 0 or more"));
-    }
-    Ok(())
-}
-
 /// [`Norm`] with its weights.
 #[derive(Debug, Clone)]
 pub(crate) enum FeatureNorm {
@@ -107,6 +90,24 @@ pub(super) struct Choices {
     pub(super) norm: Norm,
     /// β, the weight of the commitment term.
     pub(super) commitment_cost: f64,
+}
+
+impl Choices {
+    /// Whether they make sense for K codes of width e; the error names the key.
+    pub(super) fn check(&self, k: usize, e: usize) -> std::result::Result<(), String> {
+        for (name, size, limit) in [("codebook_size", k, 1 << 24), ("codebook_dim", e, 1 << 16)] {
+            if size == 0 || size > limit {
+                return Err(format!("quantizer: {name} is {size}, expected: 1 to {limit}"));
+            }
+        }
+        if !self.commitment_cost.is_finite() || self.commitment_cost < 0.0 {
+            return Err(format!("quantizer: commitment_cost is {}, expected: 0 or more", self.commitment_cost));
+        }
+        if self.norm == Norm::Scale && self.metric == Metric::Cosine {
+            return Err("quantizer: norm `scale` changes nothing where metric is `cosine`; remove it".into());
+        }
+        Ok(())
+    }
 }
 
 /// What stands around a codebook: `h = norm(z Aᵀ + a)`, search, gradient, losses, `z' = q Bᵀ + b`.

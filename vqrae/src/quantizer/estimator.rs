@@ -93,11 +93,7 @@ fn nearness(h: &Tensor, indices: &Tensor, codes: &Tensor) -> Result<Tensor> {
     // The roles change here: the features are searched for the one that is nearest to a code.
     let search = kernels::Codebook::new(features.clone(), e, kernels::Metric::Euclidean);
     let nearest = search.and_then(|search| search.nearest(&rows)).map_err(candle_core::Error::wrap)?;
-    let row = |values: &[f32], i: usize| values[i * e..][..e].to_vec();
-    let distance = |feature: usize, a: usize| {
-        let pairs = row(&features, feature).into_iter().zip(row(&rows, a));
-        pairs.map(|(x, c)| (f64::from(x) - f64::from(c)).powi(2)).sum::<f64>()
-    };
+    let distance = |feature: usize, a: usize| distance(&features[feature * e..][..e], &rows[a * e..][..e]);
     let least: Vec<f64> = nearest.iter().enumerate().map(|(a, &i)| distance(i as usize, a)).collect();
     let weights = chosen.iter().enumerate().map(|(i, code)| {
         let a = active.partition_point(|active| active < code);
@@ -105,6 +101,10 @@ fn nearness(h: &Tensor, indices: &Tensor, codes: &Tensor) -> Result<Tensor> {
         if own > 0.0 { (least[a] / own).min(1.0) as f32 } else { 1.0 }
     });
     Tensor::from_vec(weights.collect::<Vec<f32>>(), (b, n, 1), h.device())
+}
+
+fn distance(x: &[f32], c: &[f32]) -> f64 {
+    x.iter().zip(c).map(|(&x, &c)| (f64::from(x) - f64::from(c)).powi(2)).sum()
 }
 
 /// Codes weighed by the softmax of their scores; the gradient reaches them through the scores alone.
@@ -137,7 +137,12 @@ mod tests {
     }
 
     /// Value and gradient of Σ g·token for features and codes in the plane.
-    fn pass(gradient: Gradient, features: &[[f32; 2]], codes: &[[f32; 2]], g: [f32; 2]) -> (Vec<f32>, Vec<f32>) {
+    fn pass<const M: usize, const K: usize>(
+        gradient: Gradient,
+        features: &[[f32; 2]; M],
+        codes: &[[f32; 2]; K],
+        g: [f32; 2],
+    ) -> (Vec<f32>, Vec<f32>) {
         let features = Var::new(features, &Device::Cpu).unwrap();
         let codes = Tensor::new(codes, &Device::Cpu).unwrap();
         let prepared = Prepared::new(codes, Metric::Euclidean).unwrap();

@@ -69,7 +69,7 @@ impl Config {
 /// What quantising features gives.
 #[derive(Debug, Clone)]
 pub struct Quantized {
-    /// The decoder's input, `[B, N, D']`; its gradient reaches the features straight through.
+    /// The decoder's input, `[B, N, D']`; its gradient reaches the features as the config's `gradient` says.
     pub tokens: Tensor,
     /// The codes, u32 `[B, N]`.
     pub indices: Tensor,

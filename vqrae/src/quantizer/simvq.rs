@@ -13,7 +13,7 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
-use super::common::{Body, Choices, Metric, Norm, Prepared, check, is_default};
+use super::common::{Body, Choices, Metric, Norm, Prepared, is_default};
 use super::{Gradient, Quantized};
 use crate::weights;
 
@@ -76,7 +76,7 @@ impl Default for SimVqConfig {
 
 impl SimVqConfig {
     pub(super) fn check(&self) -> std::result::Result<(), String> {
-        check(self.codebook_size, self.codebook_dim, self.commitment_cost)
+        self.choices().check(self.codebook_size, self.codebook_dim)
     }
 
     fn choices(&self) -> Choices {

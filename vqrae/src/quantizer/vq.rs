@@ -16,7 +16,7 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
-use super::common::{Body, Choices, Metric, Norm, Prepared, check, is_default};
+use super::common::{Body, Choices, Metric, Norm, Prepared, is_default};
 use super::kmeans::{self, Choose};
 use super::{Gradient, Quantized};
 use crate::weights::Tensors;
@@ -102,7 +102,7 @@ impl Default for EmaConfig {
 
 impl VqConfig {
     pub(super) fn check(&self) -> std::result::Result<(), String> {
-        check(self.codebook_size, self.codebook_dim, self.commitment_cost)?;
+        self.choices().check(self.codebook_size, self.codebook_dim)?;
         let Some(ema) = self.ema else { return Ok(()) };
         if self.metric == Metric::Hsq {
             return Err("quantizer: metric `hsq` learns codes by gradient; remove ema, or take `cosine`".into());

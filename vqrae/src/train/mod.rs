@@ -383,7 +383,12 @@ impl<'a> Trainer<'a> {
     /// Writes `model/`, in the dtype that the config asks for.
     fn export(&self) -> Result<()> {
         let dtype = self.config.train.save_dtype()?;
-        let cast = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(dtype)?));
+        // Sums of many features may lie beyond the range of f16.
+        let of = |name: &str| if self.averages.contains_key(name) { DType::F32 } else { dtype };
+        let cast = |(name, tensor): (String, Tensor)| {
+            let tensor = tensor.to_dtype(of(&name))?;
+            Ok((name, tensor))
+        };
         let tensors = self.tensors().into_iter().map(cast).collect::<Result<Tensors>>()?;
         model::save(&self.output.join("model"), &self.config.model.config(), &self.preprocessor, &tensors)
     }
