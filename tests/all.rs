@@ -12,3 +12,4 @@ mod model;
 mod ops;
 mod parity;
 mod simvq;
+mod vq;

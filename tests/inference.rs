@@ -212,3 +212,39 @@ fn tensors_of_another_shape_are_refused_before_they_are_computed_with() {
     let tokens = Tensor::zeros((1, 9, 32), DType::F32, &Device::Cpu).unwrap();
     assert!(model.decode(&tokens, (4, 4)).unwrap_err().to_string().contains("4×4"));
 }
+
+#[test]
+fn the_packed_quantizer_follows_every_route_and_norm() {
+    let (mut config, _) = odd();
+    for (metric, norm) in
+        [("euclidean", "layer_norm"), ("euclidean", "scale"), ("cosine", "layer_norm"), ("hsq", "scale")]
+    {
+        let quantizer =
+            format!(r#"{{"type":"simvq","codebook_size":300,"codebook_dim":30,"metric":"{metric}","norm":"{norm}"}}"#);
+        config.quantizer = serde_json::from_str(&quantizer).unwrap();
+        config.check().unwrap();
+        let mut tensors = fresh_tensors(&config, Tensors::new(), 2).unwrap();
+        for (name, tensor) in &mut tensors {
+            let noise = noise(name, tensor.dims());
+            *tensor = (&*tensor + (noise * 0.1).unwrap()).unwrap();
+        }
+        let vb = VarBuilder::from_tensors(tensors.clone().into_iter().collect(), DType::F32, &Device::Cpu);
+        let network = Network::load(vb, &config).unwrap();
+        let preprocessor = Preprocessor::siglip(60, Resample::Bicubic);
+        let model =
+            Vqrae::new(config.clone(), preprocessor, tensors, Path::new("odd"), &Device::Cpu, DType::F32).unwrap();
+        let features = noise("features", &[2, 12, 72]);
+        let quantized = model.quantize(&features).unwrap();
+        let expected = network.quantizer.quantize(&features).unwrap();
+        let what = |part: &str| format!("{metric}, {norm}: {part}");
+        assert_close(&what("projected"), &quantized.projected, &expected.projected, PARITY);
+        assert_eq!(
+            quantized.indices.to_vec2::<u32>().unwrap(),
+            expected.indices.to_vec2::<u32>().unwrap(),
+            "{metric}, {norm}"
+        );
+        assert_close(&what("codes"), &quantized.codes, &expected.codes, PARITY);
+        assert_close(&what("tokens"), &quantized.tokens, &expected.tokens, PARITY);
+        assert_close(&what("codebook"), &model.codebook().unwrap(), &network.quantizer.codebook().unwrap(), PARITY);
+    }
+}

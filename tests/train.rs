@@ -186,6 +186,89 @@ fn an_interrupted_run_writes_a_checkpoint_and_goes_on_to_the_same_bits() {
     assert!(bench.checkpoint("whole", 300) == bench.checkpoint("cut", 300), "the weights differ");
 }
 
+/// A random start with a VQ of these keys.
+fn vq(keys: &str) -> Vec<String> {
+    let quantizer = format!("model.quantizer={{type=\"vq\", codebook_size=64, codebook_dim=8{keys}}}");
+    ["start={from=\"random\"}", &quantizer, "train.keep_checkpoints=99", "train.validate_every=0"]
+        .iter()
+        .flat_map(|wish| ["--set".to_string(), (*wish).to_string()])
+        .collect()
+}
+
+fn values(tensor: &vqrae::Tensor) -> Vec<f32> {
+    tensor.flatten_all().and_then(|t| t.to_vec1()).expect("values")
+}
+
+#[test]
+fn moving_averages_move_are_saved_and_go_on_to_the_same_bits() {
+    let bench = Bench::new();
+    let wishes = vq(", ema={threshold_ema_dead_code=0.6}, init=\"kmeans\", gradient=\"rotation\", norm=\"layer_norm\"");
+    let wishes: Vec<&str> = wishes.iter().map(String::as_str).collect();
+    succeeds(&bench.train("whole", &wishes));
+    let read = |step: usize, file: &str| {
+        let folder = bench.path("whole").join(format!("checkpoints/step-{step:08}"));
+        vqrae::weights::read_file(&folder.join(file)).expect("a checkpoint")
+    };
+    let (first, last) = (read(1, "model.safetensors"), read(12, "model.safetensors"));
+    for name in ["quantizer.codebook", "quantizer.cluster_size", "quantizer.embed_avg"] {
+        let (first, last) = (values(&first[name]), values(&last[name]));
+        assert!(first != last && first.iter().any(|&x| x != 0.0), "{name} did not move");
+        assert!(last.iter().all(|x| x.is_finite()), "{name}");
+    }
+    let moments = read(12, "optimizer.safetensors");
+    assert!(!moments.contains_key("first.quantizer.codebook"), "AdamW has moments of an average");
+    assert!(moments.contains_key("first.quantizer.norm.weight"), "{:?}", moments.keys());
+
+    // The same run, as a kill after the fifth step leaves it.
+    let (from, to) = (bench.path("whole"), bench.path("cut"));
+    assert!(Command::new("cp").arg("-r").arg(&from).arg(&to).status().expect("cp").success());
+    for step in 6..=12 {
+        std::fs::remove_dir_all(to.join(format!("checkpoints/step-{step:08}"))).expect("a checkpoint");
+    }
+    succeeds(&bench.train("cut", &wishes));
+    assert!(bench.checkpoint("whole", 12) == bench.checkpoint("cut", 12), "the weights differ");
+}
+
+#[test]
+fn a_codebook_learns_by_every_gradient_under_every_metric() {
+    let bench = Bench::new();
+    for (metric, norm) in [("euclidean", "scale"), ("cosine", "layer_norm"), ("hsq", "scale")] {
+        for gradient in ["straight_through", "rotation", "dynamic_ste", "ibq"] {
+            let run = format!("{metric}-{gradient}");
+            let mut wishes =
+                vq(&format!(", init=\"data\", metric=\"{metric}\", gradient=\"{gradient}\", norm=\"{norm}\""));
+            wishes.extend(["--set".to_string(), "train.steps=3".to_string()]);
+            succeeds(&bench.train(&run, &wishes.iter().map(String::as_str).collect::<Vec<_>>()));
+            let read = |step: usize| {
+                let path = bench.path(&run).join(format!("checkpoints/step-{step:08}/model.safetensors"));
+                vqrae::weights::read_file(&path).expect("a checkpoint")
+            };
+            let (first, last) = (read(1), read(3));
+            for name in ["quantizer.codebook", "quantizer.norm.weight"] {
+                assert!(values(&first[name]) != values(&last[name]), "{run}: {name} did not move");
+            }
+        }
+    }
+}
+
+#[test]
+fn principal_components_name_what_they_need_of_a_quantizer() {
+    let bench = Bench::new();
+    let vq = "model.quantizer={type=\"vq\", codebook_size=64, codebook_dim=8}";
+    fails_with(&bench.train("run", &["--set", vq]), &["principal-components", "simvq"]);
+    let normed = "model.quantizer.norm=\"layer_norm\"";
+    fails_with(&bench.train("run", &["--set", normed]), &["principal-components", "norm"]);
+}
+
+#[test]
+fn a_codebook_that_starts_from_features_cannot_be_frozen() {
+    let bench = Bench::new();
+    let mut wishes = vq(", init=\"data\"");
+    wishes.extend(["--set", "groups.quantizer={peak=0, end=0}"].map(String::from));
+    let output = bench.train("run", &wishes.iter().map(String::as_str).collect::<Vec<_>>());
+    fails_with(&output, &["quantizer.codebook", "groups.quantizer.peak"]);
+}
+
 #[test]
 fn a_half_written_checkpoint_is_not_one() {
     let bench = Bench::new();

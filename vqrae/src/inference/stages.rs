@@ -7,7 +7,7 @@ use vqrae_kernels::cpu::{Element, End, Isa, Matrix};
 
 use super::layers::{Linear, Norm, Vit, values};
 use crate::vit::Positions;
-use crate::{decoder, encoder, quantizer};
+use crate::{decoder, encoder, ops, quantizer};
 
 /// Pixels to features.
 pub(super) struct Encoder<T> {
@@ -115,8 +115,42 @@ fn patches<T: Element>(pixels: &[f32], (h, w): (usize, usize), p: usize) -> Matr
 /// Features to codes, and codes to the decoder's tokens.
 pub(super) struct Quantizer<T> {
     linear_in: Linear<T>,
+    norm: FeatureNorm,
+    /// Whether features are brought to length one.
+    unit: bool,
     search: kernels::Codebook,
+    /// The codes with their length, where the search compares without it and the decoder sees it.
+    codes: Option<Vec<f32>>,
     linear_out: Linear<T>,
+}
+
+/// What follows `linear_in`.
+enum FeatureNorm {
+    None,
+    LayerNorm(Norm),
+    Scale(f32),
+}
+
+impl FeatureNorm {
+    fn of(norm: &quantizer::FeatureNorm) -> Result<Self> {
+        Ok(match norm {
+            quantizer::FeatureNorm::None => Self::None,
+            quantizer::FeatureNorm::LayerNorm(norm) => Self::LayerNorm(Norm::of(&ops::Norm::Layer(norm.clone()))?),
+            quantizer::FeatureNorm::Scale(factor) => Self::Scale(values(factor)?[0]),
+        })
+    }
+
+    fn run(&self, x: Matrix<f32>) -> Vec<f32> {
+        match self {
+            Self::None => x.to_vec(),
+            Self::LayerNorm(norm) => {
+                let mut out = Matrix::<f32>::new(x.rows(), x.columns());
+                norm.run(&x, &mut out);
+                out.to_vec()
+            }
+            Self::Scale(factor) => x.to_vec().into_iter().map(|x| x * factor).collect(),
+        }
+    }
 }
 
 impl<T: Element> Quantizer<T> {
@@ -127,17 +161,20 @@ impl<T: Element> Quantizer<T> {
         width_out: usize,
         isa: Isa,
     ) -> Result<Self> {
-        let quantizer::Config::SimVq(config) = config;
-        let parts = quantizer::SimVq::load(vb, config, width_in, width_out)?;
-        let metric = match config.metric {
-            quantizer::Metric::Euclidean => kernels::Metric::Euclidean,
-            quantizer::Metric::Cosine => kernels::Metric::Cosine,
+        let quantizer::Config::SimVq(config) = config else {
+            candle_core::bail!("packed weights know the quantizer `simvq` alone");
         };
+        let parts = quantizer::SimVq::load(vb, config, width_in, width_out)?;
         let codes = transformed(&parts, isa)?;
+        let with_length = (config.metric == quantizer::Metric::Hsq).then(|| codes.clone());
+        let search = kernels::Codebook::new(codes, config.codebook_dim, config.metric.ranking());
         Ok(Self {
-            linear_in: Linear::pack(&parts.linear_in, isa)?,
-            search: kernels::Codebook::new(codes, config.codebook_dim, metric).map_err(candle_core::Error::wrap)?,
-            linear_out: Linear::pack(&parts.linear_out, isa)?,
+            linear_in: Linear::pack(&parts.body.linear_in, isa)?,
+            norm: FeatureNorm::of(&parts.body.norm)?,
+            unit: config.metric == quantizer::Metric::Cosine,
+            search: search.map_err(candle_core::Error::wrap)?,
+            codes: with_length,
+            linear_out: Linear::pack(&parts.body.linear_out, isa)?,
         })
     }
 
@@ -146,17 +183,17 @@ impl<T: Element> Quantizer<T> {
         (self.search.len(), self.search.width())
     }
 
-    /// The vectors that features are compared with, `[K, e]`.
+    /// The codes as the decoder sees them, `[K, e]`.
     pub(super) fn codes(&self) -> &[f32] {
-        self.search.rows()
+        self.codes.as_deref().unwrap_or_else(|| self.search.rows())
     }
 
     /// The projected features of one image, `[N, e]`, of length one where the metric is cosine.
     pub(super) fn project(&self, features: &Matrix<T>) -> Vec<f32> {
         let mut projected = Matrix::<f32>::new(features.rows(), self.search.width());
         self.linear_in.run(features, End::Wide(&mut projected));
-        let mut projected = projected.to_vec();
-        if self.search.metric() == kernels::Metric::Cosine {
+        let mut projected = self.norm.run(projected);
+        if self.unit {
             projected.chunks_exact_mut(self.search.width()).for_each(unit);
         }
         projected

@@ -36,7 +36,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Ten
 }
 
 /// The softmax over the last dimension, safe for large scores.
-fn softmax(scores: &Tensor) -> Result<Tensor> {
+pub fn softmax(scores: &Tensor) -> Result<Tensor> {
     let exp = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
     exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
 }

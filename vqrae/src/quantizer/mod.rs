@@ -1,12 +1,23 @@
 //! Continuous features to codes and back.
 
+mod common;
+mod estimator;
+pub mod kmeans;
 mod simvq;
+mod vq;
 
-pub use simvq::{Metric, SimVq, SimVqConfig, TransformInit};
+pub(crate) use common::FeatureNorm;
+pub use common::{Metric, Norm};
+pub use estimator::Gradient;
+pub use simvq::{SimVq, SimVqConfig, TransformInit};
+pub use vq::{CodebookInit, EmaConfig, Vq, VqConfig};
 
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
+
+use crate::weights::Tensors;
+use kmeans::Choose;
 
 /// Which quantizer, and its sizes: the `quantizer` section of `config.json`, told apart by its `type`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -14,6 +25,8 @@ use serde::{Deserialize, Serialize};
 pub enum Config {
     /// SimVQ, as the paper has it.
     SimVq(SimVqConfig),
+    /// VQ, whose codes learn by gradient or are moving averages.
+    Vq(VqConfig),
 }
 
 impl Config {
@@ -21,6 +34,7 @@ impl Config {
     pub fn codebook_size(&self) -> usize {
         match self {
             Self::SimVq(config) => config.codebook_size,
+            Self::Vq(config) => config.codebook_size,
         }
     }
 
@@ -28,6 +42,7 @@ impl Config {
     pub fn codebook_dim(&self) -> usize {
         match self {
             Self::SimVq(config) => config.codebook_dim,
+            Self::Vq(config) => config.codebook_dim,
         }
     }
 
@@ -35,14 +50,26 @@ impl Config {
     pub fn check(&self) -> std::result::Result<(), String> {
         match self {
             Self::SimVq(config) => config.check(),
+            Self::Vq(config) => config.check(),
         }
+    }
+
+    /// Whether a tensor, by its name below the quantizer's, never changes in training.
+    pub fn is_frozen(&self, name: &str) -> bool {
+        matches!(self, Self::SimVq(config) if name == "codebook" && !config.train_codebook)
+    }
+
+    /// Whether a tensor, by its name below the quantizer's, is a moving average, which [`Quantizer::update`] moves and no
+    /// gradient.
+    pub fn is_average(&self, name: &str) -> bool {
+        matches!(self, Self::Vq(config) if config.is_average(name))
     }
 }
 
 /// What quantising features gives.
 #[derive(Debug, Clone)]
 pub struct Quantized {
-    /// The decoder's input, `[B, N, D']`; its gradient reaches the features straight through.
+    /// The decoder's input, `[B, N, D']`; its gradient reaches the features as the config's `gradient` says.
     pub tokens: Tensor,
     /// The codes, u32 `[B, N]`.
     pub indices: Tensor,
@@ -57,6 +84,8 @@ pub struct Quantized {
 pub enum Quantizer {
     /// SimVQ, as the paper has it.
     SimVq(SimVq),
+    /// VQ, whose codes learn by gradient or are moving averages.
+    Vq(Vq),
 }
 
 impl Quantizer {
@@ -64,6 +93,7 @@ impl Quantizer {
     pub fn load(vb: VarBuilder, config: &Config, width_in: usize, width_out: usize) -> Result<Self> {
         match config {
             Config::SimVq(config) => SimVq::load(vb, config, width_in, width_out).map(Self::SimVq),
+            Config::Vq(config) => Vq::load(vb, config, width_in, width_out).map(Self::Vq),
         }
     }
 
@@ -74,6 +104,7 @@ impl Quantizer {
     pub fn quantize(&self, features: &Tensor) -> Result<Quantized> {
         match self {
             Self::SimVq(quantizer) => quantizer.quantize(features),
+            Self::Vq(quantizer) => quantizer.quantize(features),
         }
     }
 
@@ -85,6 +116,7 @@ impl Quantizer {
     pub fn lookup(&self, indices: &Tensor) -> Result<Tensor> {
         match self {
             Self::SimVq(quantizer) => quantizer.lookup(indices),
+            Self::Vq(quantizer) => quantizer.lookup(indices),
         }
     }
 
@@ -92,6 +124,28 @@ impl Quantizer {
     pub fn loss(&self, quantized: &Quantized) -> Result<Tensor> {
         match self {
             Self::SimVq(quantizer) => quantizer.loss(quantized),
+            Self::Vq(quantizer) => quantizer.loss(quantized),
+        }
+    }
+
+    /// What a training step makes of the moving averages: new values by name, empty without any. To be called with what
+    /// the step quantised, after it; `choose` draws features that replace dead codes.
+    pub fn update(&self, quantized: &Quantized, choose: Choose) -> Result<Tensors> {
+        match self {
+            Self::Vq(quantizer) => quantizer.update(quantized, choose),
+            Self::SimVq(_) => Ok(Tensors::new()),
+        }
+    }
+
+    /// First values, by name, of a codebook that starts from features and has not yet: to be called before the first
+    /// training step. Empty for any other, which does not ask for `features`; `choose` draws of them.
+    ///
+    /// # Shapes
+    /// - features: `[B, N, D]`
+    pub fn first(&self, features: impl FnOnce() -> Result<Tensor>, choose: Choose) -> Result<Tensors> {
+        match self {
+            Self::Vq(quantizer) => quantizer.first(features, choose),
+            Self::SimVq(_) => Ok(Tensors::new()),
         }
     }
 
@@ -99,6 +153,7 @@ impl Quantizer {
     pub fn codebook(&self) -> Result<Tensor> {
         match self {
             Self::SimVq(quantizer) => quantizer.codebook(),
+            Self::Vq(quantizer) => quantizer.codebook(),
         }
     }
 }

@@ -29,6 +29,7 @@ use crate::files;
 use crate::image::{Preprocessor, ResizeMode, Rgb};
 use crate::metrics::{self, CodeCounts};
 use crate::model::{self, Network};
+use crate::quantizer;
 use crate::weights::Tensors;
 use checkpoint::State;
 use data::{Crops, Photos, Skipped};
@@ -157,6 +158,8 @@ struct Trainer<'a> {
     preprocessor: Preprocessor,
     network: Network,
     parameters: BTreeMap<String, Var>,
+    /// The quantizer's moving averages, which no gradient moves.
+    averages: BTreeMap<String, Var>,
     frozen: Tensors,
     optimizer: AdamW,
     state: State,
@@ -195,9 +198,10 @@ impl<'a> Trainer<'a> {
             Some(found) if found.state.config != as_json => return Err(other_config(&found.state.config, &as_json)),
             Some(found) => (found.model, Some(found.optimizer), found.state),
         };
-        let (parameters, frozen) = split(&tensors, &config.groups, &model)?;
+        let Split { parameters, averages, frozen } = Split::of(&tensors, &config.groups, &model)?;
         let all: HashMap<String, Tensor> = parameters
             .iter()
+            .chain(&averages)
             .map(|(name, var)| (name.clone(), var.as_tensor().clone()))
             .chain(frozen.iter().map(|(name, tensor)| (name.clone(), tensor.clone())))
             .collect();
@@ -211,7 +215,7 @@ impl<'a> Trainer<'a> {
         files::write_whole(&path, text.as_bytes()).map_err(Error::io(&path))?;
         trim_log(&output.join("log.jsonl"), state.step)?;
         let since = Since::now(model.quantizer.codebook_size());
-        Ok(Self { config, output, preprocessor, network, parameters, frozen, optimizer, state, since })
+        Ok(Self { config, output, preprocessor, network, parameters, averages, frozen, optimizer, state, since })
     }
 
     /// The run's settings, before the first step.
@@ -245,6 +249,9 @@ impl<'a> Trainer<'a> {
         let train = &self.config.train;
         let (h, w) = self.preprocessor.size;
         let pixels = Tensor::from_vec(pixels, (train.batch_size, 3, h, w), &Device::Cpu)?;
+        if step == 0 {
+            self.begin(&pixels)?;
+        }
         let quantized = self.network.quantize(&pixels)?;
         let painted = self.network.paint(&quantized.tokens, self.network.grid(h, w)?, DType::F32)?;
         let terms = Terms::new(&self.config.loss, &pixels, &painted, self.network.quantizer.loss(&quantized)?)?;
@@ -258,6 +265,10 @@ impl<'a> Trainer<'a> {
             return Err(Error::Training(format!(
                 "step {step}: the loss is {loss} and the gradients' norm {norm}; the last checkpoint is good, resume from it with a lower learning rate"
             )));
+        }
+        if !self.averages.is_empty() {
+            let mut choose = chooser(train.seed, "dead codes", step);
+            self.set(self.network.quantizer.update(&quantized, &mut choose)?)?;
         }
         self.state.step = step + 1;
         let since = &mut self.since;
@@ -273,6 +284,24 @@ impl<'a> Trainer<'a> {
         self.append(&log)?;
         self.since = Since::now(self.codes());
         Ok(Some(log))
+    }
+
+    /// Lets a codebook that starts from features do so.
+    fn begin(&self, pixels: &Tensor) -> Result<()> {
+        let features = || self.network.encoder.forward(pixels);
+        let mut choose = chooser(self.config.train.seed, "first codes", 0);
+        self.set(self.network.quantizer.first(features, &mut choose)?)
+    }
+
+    /// Sets tensors of the quantizer that training changes without a gradient.
+    fn set(&self, tensors: Tensors) -> Result<()> {
+        for (name, tensor) in tensors {
+            let name = format!("quantizer.{name}");
+            let var = self.averages.get(&name).or_else(|| self.parameters.get(&name));
+            let frozen = || Error::Training(format!("`{name}` has to change; raise groups.quantizer.peak from 0"));
+            var.ok_or_else(frozen)?.set(&tensor)?;
+        }
+        Ok(())
     }
 
     fn summary(&self, gradient_norm: f64, rates: [f64; 3]) -> StepLog {
@@ -346,14 +375,20 @@ impl<'a> Trainer<'a> {
     }
 
     fn tensors(&self) -> Tensors {
-        let trained = self.parameters.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor()));
+        let trained =
+            self.parameters.iter().chain(&self.averages).map(|(name, var)| (name.clone(), var.as_detached_tensor()));
         trained.chain(self.frozen.clone()).collect()
     }
 
     /// Writes `model/`, in the dtype that the config asks for.
     fn export(&self) -> Result<()> {
         let dtype = self.config.train.save_dtype()?;
-        let cast = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(dtype)?));
+        // Sums of many features may lie beyond the range of f16.
+        let of = |name: &str| if self.averages.contains_key(name) { DType::F32 } else { dtype };
+        let cast = |(name, tensor): (String, Tensor)| {
+            let tensor = tensor.to_dtype(of(&name))?;
+            Ok((name, tensor))
+        };
         let tensors = self.tensors().into_iter().map(cast).collect::<Result<Tensors>>()?;
         model::save(&self.output.join("model"), &self.config.model.config(), &self.preprocessor, &tensors)
     }
@@ -391,19 +426,37 @@ fn difference(old: &serde_json::Value, new: &serde_json::Value, at: String) -> O
     }
 }
 
-/// Trained and frozen tensors: a group is trained when its rate is not zero; a codebook only when the config says so.
-fn split(tensors: &Tensors, groups: &Groups, model: &model::Config) -> Result<(BTreeMap<String, Var>, Tensors)> {
-    let crate::quantizer::Config::SimVq(simvq) = &model.quantizer;
-    let (mut parameters, mut frozen) = (BTreeMap::new(), Tensors::new());
-    for (name, tensor) in tensors {
-        let codebook = name == "quantizer.codebook" && !simvq.train_codebook;
-        if groups.of(name).peak == 0.0 || codebook {
-            frozen.insert(name.clone(), tensor.to_dtype(DType::F32)?);
-        } else {
-            parameters.insert(name.clone(), Var::from_tensor(&tensor.to_dtype(DType::F32)?)?);
+/// Draws different indices, the same for a seed, a purpose and a step.
+fn chooser(seed: u64, purpose: &str, step: usize) -> impl FnMut(usize, usize) -> Vec<usize> {
+    let mut random = data::generator(seed, purpose, step);
+    move |n, amount| rand::seq::index::sample(&mut random, n, amount).into_vec()
+}
+
+/// A model's tensors by what training does to them: a group is trained when its rate is not zero.
+struct Split {
+    parameters: BTreeMap<String, Var>,
+    averages: BTreeMap<String, Var>,
+    frozen: Tensors,
+}
+
+impl Split {
+    fn of(tensors: &Tensors, groups: &Groups, model: &model::Config) -> Result<Self> {
+        let (mut parameters, mut averages, mut frozen) = (BTreeMap::new(), BTreeMap::new(), Tensors::new());
+        for (name, tensor) in tensors {
+            let tensor = tensor.to_dtype(DType::F32)?;
+            let of_quantizer = |is: fn(&quantizer::Config, &str) -> bool| {
+                name.strip_prefix("quantizer.").is_some_and(|name| is(&model.quantizer, name))
+            };
+            if groups.of(name).peak == 0.0 || of_quantizer(quantizer::Config::is_frozen) {
+                frozen.insert(name.clone(), tensor);
+            } else if of_quantizer(quantizer::Config::is_average) {
+                averages.insert(name.clone(), Var::from_tensor(&tensor)?);
+            } else {
+                parameters.insert(name.clone(), Var::from_tensor(&tensor)?);
+            }
         }
+        Ok(Self { parameters, averages, frozen })
     }
-    Ok((parameters, frozen))
 }
 
 /// Drops the lines of steps that will be done again, and a line that a kill cut in half.

@@ -7,14 +7,14 @@
 use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
-use vqrae_kernels::{Codebook, Metric};
+use vqrae_kernels::Metric;
 
 use super::data::{Crops, Photos, generator};
 use crate::encoder::{self, Features};
 use crate::error::{Error, Result};
 use crate::image::Preprocessor;
 use crate::model::Config as ModelConfig;
-use crate::quantizer;
+use crate::quantizer::{self, kmeans};
 use crate::weights::Tensors;
 
 /// How much of the photos the start is computed from.
@@ -69,7 +69,11 @@ struct Sizes {
 impl Sizes {
     fn check(model: &ModelConfig) -> Result<Self> {
         let decoder = model.decoder.sizes(&model.encoder);
-        let quantizer::Config::SimVq(simvq) = &model.quantizer;
+        let needs = |what: &str| Error::Training(format!("start = \"principal-components\" needs {what}"));
+        let wish = |holds: bool, what: &str| if holds { Ok(()) } else { Err(needs(what)) };
+        let quantizer::Config::SimVq(simvq) = &model.quantizer else {
+            return Err(needs("model.quantizer.type = \"simvq\""));
+        };
         let sizes = Self {
             patch: model.encoder.patch(),
             token: model.encoder.width(),
@@ -77,14 +81,12 @@ impl Sizes {
             decoder: decoder.vit.width,
             codes: simvq.codebook_size,
         };
-        let wish = |holds: bool, what: &str| {
-            if holds { Ok(()) } else { Err(Error::Training(format!("start = \"principal-components\" needs {what}"))) }
-        };
         wish(model.encoder.layout().features == Features::BeforeNorm, "model.encoder.features = \"before_norm\"")?;
         wish(matches!(model.encoder, encoder::Config::Siglip(_)), "an encoder of model_type siglip_vision_model")?;
         wish(!decoder.final_norm, "model.decoder.final_norm = false")?;
         wish(decoder.patch == sizes.patch, "the same patch size in encoder and decoder")?;
         wish(simvq.metric == quantizer::Metric::Euclidean, "model.quantizer.metric = \"euclidean\"")?;
+        wish(simvq.norm == quantizer::Norm::None, "model.quantizer.norm = \"none\"")?;
         wish(!simvq.transform_bias, "model.quantizer.transform_bias = false")?;
         wish(sizes.code <= sizes.token.min(sizes.decoder), "codes no wider than tokens")?;
         wish(sizes.token.max(sizes.decoder) <= sizes.pixels(), "tokens no wider than a patch has values")?;
@@ -275,30 +277,14 @@ fn rotate(a: &mut [f64], v: &mut [f64], n: usize, p: usize, q: usize) {
 
 /// One Lloyd step; returns the mean squared error per value before it. A centre without points moves to a random point.
 fn lloyd(centres: &mut [f32], points: &[f32], width: usize, seed: u64, step: usize) -> Result<f64> {
-    let nearest = Codebook::new(centres.to_vec(), width, Metric::Euclidean)?.nearest(points)?;
-    let mut sums = vec![0f64; centres.len()];
-    let mut counts = vec![0usize; centres.len() / width];
-    let mut error = 0f64;
-    for (point, &k) in points.chunks_exact(width).zip(&nearest) {
-        let k = k as usize;
-        counts[k] += 1;
-        for ((sum, &x), &c) in sums[k * width..][..width].iter_mut().zip(point).zip(&centres[k * width..][..width]) {
-            *sum += f64::from(x);
-            error += f64::from(x - c).powi(2);
-        }
-    }
+    let found = kmeans::step(centres, points, width, Metric::Euclidean)?;
     let mut random = generator(seed, "empty centres", step);
-    for (k, centre) in centres.chunks_exact_mut(width).enumerate() {
-        if counts[k] == 0 {
-            let point = random.random_range(0..points.len() / width);
-            centre.copy_from_slice(&points[point * width..][..width]);
-        } else {
-            for (c, sum) in centre.iter_mut().zip(&sums[k * width..][..width]) {
-                *c = (sum / counts[k] as f64) as f32;
-            }
-        }
+    let empty = centres.chunks_exact_mut(width).zip(&found.sizes).filter(|(_, size)| **size == 0);
+    for (centre, _) in empty {
+        let point = random.random_range(0..points.len() / width);
+        centre.copy_from_slice(&points[point * width..][..width]);
     }
-    Ok(error / points.len() as f64)
+    Ok(found.error)
 }
 
 #[cfg(test)]
@@ -312,14 +298,5 @@ mod tests {
         let largest = if values[0] > values[1] { 0 } else { 1 };
         assert!((values[largest] - 3.0).abs() < 1e-12 && (values[1 - largest] - 1.0).abs() < 1e-12);
         assert!((vectors[largest] - vectors[2 + largest]).abs() < 1e-12);
-    }
-
-    #[test]
-    fn a_lloyd_step_moves_centres_to_their_means() -> Result<()> {
-        let points = [0., 2., 10., 14.];
-        let mut centres = [1.5, 9.0];
-        lloyd(&mut centres, &points, 1, 0, 1)?;
-        assert_eq!(centres, [1.0, 12.0]);
-        Ok(())
     }
 }
