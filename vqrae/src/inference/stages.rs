@@ -6,6 +6,7 @@ use vqrae_kernels as kernels;
 use vqrae_kernels::cpu::{Element, End, Isa, Matrix};
 
 use super::layers::{Linear, Norm, Vit, values};
+use crate::quantizer::{Parts, Quantized};
 use crate::vit::Positions;
 use crate::{decoder, encoder, quantizer};
 
@@ -84,11 +85,19 @@ fn patches<T: Element>(pixels: &[f32], (h, w): (usize, usize), p: usize) -> Matr
     out
 }
 
-/// Features to codes, and codes to the decoder's tokens.
+/// Features to codes, and codes to the decoder's tokens: packed projections around what finds and looks up the codes.
 pub(super) struct Quantizer<T> {
     linear_in: Linear<T>,
-    search: kernels::Codebook,
+    search: Search,
     linear_out: Linear<T>,
+}
+
+/// What stands between the projections. All of it treats every token by itself.
+enum Search {
+    /// One codebook, prepared once: SimVQ.
+    Codebook(kernels::Codebook),
+    /// Every other quantizer, as tensors of f32.
+    Tensors(quantizer::Quantizer),
 }
 
 impl<T: Element> Quantizer<T> {
@@ -99,57 +108,110 @@ impl<T: Element> Quantizer<T> {
         width_out: usize,
         isa: Isa,
     ) -> Result<Self> {
-        let quantizer::Config::SimVq(config) = config;
-        let parts = quantizer::SimVq::load(vb, config, width_in, width_out)?;
-        let metric = match config.metric {
-            quantizer::Metric::Euclidean => kernels::Metric::Euclidean,
-            quantizer::Metric::Cosine => kernels::Metric::Cosine,
+        let quantizer = quantizer::Quantizer::load(vb, config, width_in, width_out)?;
+        let (linear_in, linear_out) = match quantizer.parts() {
+            Parts::SimVq(parts) => (&parts.linear_in, &parts.linear_out),
+            Parts::Between(linear_in, _, linear_out) => (linear_in, linear_out),
         };
-        let codes = transformed(&parts, isa)?;
-        Ok(Self {
-            linear_in: Linear::pack(&parts.linear_in, isa)?,
-            search: kernels::Codebook::new(codes, config.codebook_dim, metric).map_err(candle_core::Error::wrap)?,
-            linear_out: Linear::pack(&parts.linear_out, isa)?,
-        })
-    }
-
-    /// Number K of codes and their width e.
-    pub(super) fn sizes(&self) -> (usize, usize) {
-        (self.search.len(), self.search.width())
+        let (linear_in, linear_out) = (Linear::pack(linear_in, isa)?, Linear::pack(linear_out, isa)?);
+        let search = match (quantizer, config) {
+            (quantizer::Quantizer::SimVq(parts), quantizer::Config::SimVq(config)) => codebook(&parts, config, isa)?,
+            (quantizer, _) => Search::Tensors(quantizer),
+        };
+        Ok(Self { linear_in, search, linear_out })
     }
 
     /// The vectors that features are compared with, `[K, e]`.
-    pub(super) fn codes(&self) -> &[f32] {
-        self.search.rows()
+    pub(super) fn codebook(&self) -> Result<Tensor> {
+        match &self.search {
+            Search::Codebook(search) => tensor(search.rows().to_vec(), &[search.len(), search.width()]),
+            Search::Tensors(quantizer) => quantizer.codebook(),
+        }
     }
 
-    /// The projected features of one image, `[N, e]`, of length one where the metric is cosine.
+    /// The projected features of one image, `[N, e]`, of length one where SimVQ's metric is cosine.
     pub(super) fn project(&self, features: &Matrix<T>) -> Vec<f32> {
-        let mut projected = Matrix::<f32>::new(features.rows(), self.search.width());
+        let width = self.linear_in.width();
+        let mut projected = Matrix::<f32>::new(features.rows(), width);
         self.linear_in.run(features, End::Wide(&mut projected));
         let mut projected = projected.to_vec();
-        if self.search.metric() == kernels::Metric::Cosine {
-            projected.chunks_exact_mut(self.search.width()).for_each(unit);
+        match &self.search {
+            Search::Codebook(search) if search.metric() == kernels::Metric::Cosine => {
+                projected.chunks_exact_mut(width).for_each(unit);
+            }
+            _ => {}
         }
         projected
     }
 
-    /// The nearest code of every projected feature.
-    pub(super) fn nearest(&self, projected: &[f32]) -> Result<Vec<u32>> {
-        self.search.nearest(projected).map_err(candle_core::Error::wrap)
+    /// The codes of the projected features of `b` images; what it says of tokens is [`Quantizer::embed`]'s.
+    pub(super) fn quantize(&self, projected: Vec<f32>, b: usize) -> Result<Quantized> {
+        let e = self.linear_in.width();
+        let n = projected.len() / e / b.max(1);
+        match &self.search {
+            Search::Codebook(search) => {
+                let indices = search.nearest(&projected).map_err(candle_core::Error::wrap)?;
+                let projected = tensor(projected, &[b, n, e])?;
+                let indices = Tensor::from_vec(indices, (b, n), &Device::Cpu)?;
+                let codes = tensor(self.embed(&indices)?, &[b, n, e])?;
+                Ok(Quantized { tokens: codes.clone(), indices, projected, codes })
+            }
+            Search::Tensors(quantizer) => inner(quantizer)?.quantize(&tensor(projected, &[b, n, e])?, None),
+        }
     }
 
-    /// The decoder's tokens of one image, `[N, D']`.
-    pub(super) fn lookup(&self, indices: &[u32]) -> Matrix<f32> {
-        let width = self.search.width();
-        let mut codes = Matrix::<T>::new(indices.len(), width);
-        for (i, &index) in indices.iter().enumerate() {
-            codes.set_row(i, &self.codes()[index as usize * width..][..width]);
+    /// The vectors `[B · N, e]` of codes.
+    ///
+    /// # Shapes
+    /// - indices: u32 `[B, N]`, with C > 1 codes a token `[B, N, C]`
+    pub(super) fn embed(&self, indices: &Tensor) -> Result<Vec<f32>> {
+        let search = match &self.search {
+            Search::Tensors(quantizer) => return array(&inner(quantizer)?.lookup(indices)?),
+            Search::Codebook(search) => search,
+        };
+        indices.dims2()?;
+        let (k, e) = (search.len(), search.width());
+        let indices = indices.flatten_all()?.to_vec1::<u32>()?;
+        let mut codes = Vec::with_capacity(indices.len() * e);
+        for index in indices {
+            match search.rows().get(index as usize * e..(index as usize + 1) * e) {
+                Some(code) => codes.extend_from_slice(code),
+                None => candle_core::bail!(
+                    "code {index} is outside the codebook of {k} codes; decode with the model that made the codes"
+                ),
+            }
         }
-        let mut tokens = Matrix::new(indices.len(), self.linear_out.width());
+        Ok(codes)
+    }
+
+    /// The decoder's tokens `[N, D']` of the vectors `[N, e]` of one image.
+    pub(super) fn finish(&self, vectors: &[f32]) -> Matrix<f32> {
+        let e = self.linear_in.width();
+        let n = vectors.len() / e;
+        let mut codes = Matrix::<T>::new(n, e);
+        vectors.chunks_exact(e).enumerate().for_each(|(i, row)| codes.set_row(i, row));
+        let mut tokens = Matrix::new(n, self.linear_out.width());
         self.linear_out.run(&codes, End::Wide(&mut tokens));
         tokens
     }
+}
+
+/// What stands between the projections of a quantizer that is held as tensors.
+fn inner(quantizer: &quantizer::Quantizer) -> Result<&dyn quantizer::Bottleneck> {
+    match quantizer.parts() {
+        Parts::Between(_, inner, _) => Ok(inner),
+        Parts::SimVq(_) => candle_core::bail!("a SimVQ is searched in its packed form"),
+    }
+}
+
+/// SimVQ's transformed codebook, prepared for searching.
+fn codebook(parts: &quantizer::SimVq, config: &quantizer::SimVqConfig, isa: Isa) -> Result<Search> {
+    let metric = match config.metric {
+        quantizer::Metric::Euclidean => kernels::Metric::Euclidean,
+        quantizer::Metric::Cosine => kernels::Metric::Cosine,
+    };
+    let codes = transformed(parts, isa)?;
+    kernels::Codebook::new(codes, config.codebook_dim, metric).map(Search::Codebook).map_err(candle_core::Error::wrap)
 }
 
 /// Ĉ = C Wᵀ (+ w), in f32 whatever the rest computes in, and in an order of sums that most processors share.

@@ -70,7 +70,10 @@ impl Sizes {
     fn check(model: &ModelConfig) -> Result<Self> {
         let decoder = model.decoder.sizes(&model.encoder);
         let encoder::Config::Siglip(siglip) = &model.encoder;
-        let quantizer::Config::SimVq(simvq) = &model.quantizer;
+        let quantizer::Config::SimVq(simvq) = &model.quantizer else {
+            let reason = "start = \"principal-components\" needs model.quantizer.type = \"simvq\"; leave start out";
+            return Err(Error::Training(reason.to_string()));
+        };
         let sizes = Self {
             patch: model.encoder.patch(),
             token: model.encoder.width(),
