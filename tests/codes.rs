@@ -8,6 +8,10 @@ use vqrae::codes::{Codes, Format, single_tensor};
 
 const FORMATS: [&str; 2] = ["safetensors", "npy"];
 
+/// [`fnv`] of what version 0.1.0 wrote for [`sample`].
+const SAFETENSORS_HASH: u64 = 0;
+const RECORD_HASH: u64 = 0;
+
 fn folder() -> TempDir {
     tempfile::tempdir().expect("a temporary folder")
 }
@@ -17,6 +21,7 @@ fn sample() -> Codes {
         indices: vec![3, 1, 4, 1, 5, 9],
         h: 2,
         w: 3,
+        c: 1,
         model_id: "0f3a".to_string(),
         codebook_size: 16,
         source: "cats/\"tom\" é.jpg".to_string(),
@@ -39,10 +44,12 @@ impl Random {
 
     fn codes(&mut self) -> Codes {
         let (h, w, codebook_size) = (1 + self.below(20), 1 + self.below(20), 1 + self.below(70_000));
+        let c = 1 + self.below(4);
         Codes {
-            indices: (0..h * w).map(|_| self.below(codebook_size) as u32).collect(),
+            indices: (0..h * w * c).map(|_| self.below(codebook_size) as u32).collect(),
             h,
             w,
+            c,
             codebook_size,
             source: (0..self.below(12)).map(|_| char::from(self.below(128) as u8)).collect(),
             ..sample()
@@ -177,8 +184,9 @@ fn lying_headers_are_refused() {
     for (name, dtype, shape, because) in [
         ("codes", "I32", vec![2, 300], "not a whole safetensors file"),
         ("codes", "I32", vec![usize::MAX, usize::MAX], "not a whole safetensors file"),
-        ("codes", "I32", vec![6], "expected: I32 [h, w], got: I32 [6]"),
-        ("codes", "F32", vec![2, 3], "expected: I32 [h, w], got: F32 [2, 3]"),
+        ("codes", "I32", vec![6], "expected: I32 [h, w] or [h, w, c], got: I32 [6]"),
+        ("codes", "F32", vec![2, 3], "expected: I32 [h, w] or [h, w, c], got: F32 [2, 3]"),
+        ("codes", "I32", vec![1, 1, 2, 3], "expected: I32 [h, w] or [h, w, c], got: I32 [1, 1, 2, 3]"),
         ("tokens", "I32", vec![2, 3], "expected: one tensor \"codes\", got: \"tokens\""),
         ("codes", "I32", vec![2, 3], "format is missing from the record"),
     ] {
@@ -194,6 +202,9 @@ fn lying_headers_are_refused() {
     for (from, to, because) in [
         ("(2, 3)", "(9, 9)", "the header says [9, 9], but 24 bytes of data follow"),
         ("(2, 3), }", "(99999999999999999999, 9), }", "expected: an int32 array"),
+        ("(2, 3), }", "(1, 1, 2, 3), }", "expected: an int32 array"),
+        ("(2, 3), }", "(1, 2, 3), }", "the record says 1 codes a token"),
+        ("(2, 3), }", "(2, 3, 1), }", "the checksum does not match"),
         ("'<i4'", "'<f4'", "expected: an int32 array"),
         ("False", "True", "expected: an int32 array"),
     ] {
@@ -225,6 +236,8 @@ fn codes_that_make_no_sense_are_not_written() {
         (Codes { h: usize::MAX, ..sample() }, "is more than"),
         (Codes { codebook_size: 9, ..sample() }, "index 9 at position 5, but the codebook has 9 rows"),
         (Codes { codebook_size: 1 << 40, ..sample() }, "does not fit into i32 indices"),
+        (Codes { c: 2, ..sample() }, "the grid is 2x3x2, but there are 6 indices"),
+        (Codes { c: 0, indices: vec![], ..sample() }, "an empty grid, 2x3x0"),
     ] {
         let message = codes.write(&path).expect_err("should be refused").to_string();
         assert!(message.contains(because), "expected {because:?} in: {message}");
@@ -240,6 +253,47 @@ fn folders_missing_files_and_other_extensions_are_refused() {
     assert_refused(&folder.path().join("a.safetensors"), "not a regular file");
     assert_refused(&folder.path().join("missing.npy"), "No such file");
     assert_refused(&folder.path().join("a.jpg"), "a code file ends in .safetensors or .npy");
+}
+
+#[test]
+fn several_codes_a_token_stand_side_by_side_in_the_last_dimension() {
+    let folder = folder();
+    let codes = Codes { h: 1, w: 2, c: 3, ..sample() };
+    for extension in FORMATS {
+        codes.write(folder.path().join("a").with_extension(extension)).expect("writing");
+    }
+    let npy = std::fs::read(folder.path().join("a.npy")).expect("reading");
+    assert!(String::from_utf8_lossy(&npy[..128]).contains("'shape': (1, 2, 3), "));
+    let file = std::fs::read(folder.path().join("a.safetensors")).expect("reading");
+    let file = safetensors::SafeTensors::deserialize(&file).expect("a safetensors file");
+    assert_eq!(file.tensor("codes").expect("the tensor").shape(), [1, 2, 3]);
+    let record = std::fs::read_to_string(folder.path().join("a.json")).expect("reading");
+    assert!(record.contains(r#""codebooks": "3""#), "{record}");
+}
+
+#[test]
+fn files_of_one_code_a_token_are_byte_for_byte_what_earlier_versions_wrote() {
+    let folder = folder();
+    for (file, before) in [("a.safetensors", SAFETENSORS_HASH), ("a.json", RECORD_HASH)] {
+        let path = folder.path().join(file);
+        sample().write(path.with_extension(Format::of(&path).unwrap_or(Format::Npy).extension())).expect("writing");
+        let bytes = std::fs::read(&path).expect("reading");
+        assert_eq!(fnv(&bytes), before, "{file}");
+    }
+}
+
+/// FNV-1a, 64 bits.
+fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+#[test]
+fn codes_of_another_shape_than_the_models_are_refused_with_the_next_step() {
+    assert!(sample().check_shape("a.npy", 1, 16).is_ok());
+    for (codebooks, size) in [(4, 16), (1, 32)] {
+        let message = sample().check_shape("a.npy", codebooks, size).expect_err("another shape").to_string();
+        assert!(message.starts_with("a.npy") && message.contains("tokenize the image again"), "{message}");
+    }
 }
 
 #[test]

@@ -71,6 +71,9 @@ struct Manifest<'a> {
     origin: &'a Origin,
     image_size: [usize; 2],
     codebook_size: usize,
+    /// Left out where it is 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    codebooks: Option<usize>,
     grid: [usize; 2],
     order: &'static str,
     index_base: usize,
@@ -173,6 +176,7 @@ impl Output {
             origin: &self.origin,
             image_size: [h, w],
             codebook_size: model.codebook_size(),
+            codebooks: Some(model.codes_per_token()).filter(|&codebooks| codebooks > 1),
             grid: [rows, columns],
             order: "raster",
             index_base: 0,

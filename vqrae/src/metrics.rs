@@ -1,5 +1,7 @@
 //! How good a reconstruction is, and how much of a codebook is in use.
 
+use std::collections::BTreeMap;
+
 use crate::image::Rgb;
 
 /// Peak signal-to-noise ratio in dB of two 8-bit images of the same size: `10 log10(255² / MSE)` over all pixels and
@@ -13,41 +15,53 @@ pub fn psnr(a: &Rgb, b: &Rgb) -> Option<f64> {
     Some(10.0 * (255.0f64.powi(2) * a.data.len() as f64 / sum as f64).log10())
 }
 
-/// How often each code of a codebook was chosen.
+/// How often each code of one or several codebooks was chosen. Memory grows with the codes in use, not with K.
 #[derive(Debug, Clone)]
 pub struct CodeCounts {
-    counts: Vec<u64>,
+    k: usize,
+    /// Of each codebook, those of its codes that were chosen.
+    codebooks: Vec<BTreeMap<u32, u64>>,
 }
 
 impl CodeCounts {
-    /// Nothing counted yet, of `k` codes.
-    pub fn new(k: usize) -> Self {
-        Self { counts: vec![0; k] }
+    /// Nothing counted yet, of `codebooks` codes a token, each one of `k`.
+    pub fn new(k: usize, codebooks: usize) -> Self {
+        Self { k, codebooks: vec![BTreeMap::new(); codebooks.max(1)] }
     }
 
-    /// Counts codes; those outside the codebook are not counted.
+    /// Codes a token.
+    pub fn codebooks(&self) -> usize {
+        self.codebooks.len()
+    }
+
+    /// Counts codes, those of a token side by side; those outside the codebook, as the ones that quantize dropout left
+    /// out, are not counted.
     pub fn add(&mut self, indices: &[u32]) {
-        for &index in indices {
-            if let Some(count) = self.counts.get_mut(index as usize) {
-                *count += 1;
+        for token in indices.chunks(self.codebooks.len()) {
+            for (counts, &index) in
+                self.codebooks.iter_mut().zip(token).filter(|(_, index)| (**index as usize) < self.k)
+            {
+                *counts.entry(index).or_default() += 1;
             }
         }
     }
 
-    /// Share of the codebook that was chosen at least once.
+    /// Share of the codes that were chosen at least once, over all codebooks.
     pub fn usage(&self) -> f64 {
-        self.counts.iter().filter(|&&count| count > 0).count() as f64 / self.counts.len().max(1) as f64
+        let chosen: usize = self.codebooks.iter().map(BTreeMap::len).sum();
+        chosen as f64 / (self.k * self.codebooks.len()).max(1) as f64
     }
 
-    /// `exp` of the entropy of the codes: K when all are chosen equally often, 1 when it is always the same.
+    /// `exp` of the entropy of the codes: K when all are chosen equally often, 1 when it is always the same; of several
+    /// codebooks the geometric mean.
     pub fn perplexity(&self) -> f64 {
-        let total = self.counts.iter().sum::<u64>().max(1) as f64;
-        let entropy = |&count: &u64| match count as f64 / total {
-            0.0 => 0.0,
-            share => -share * share.ln(),
-        };
-        self.counts.iter().map(entropy).sum::<f64>().exp()
+        (self.codebooks.iter().map(entropy).sum::<f64>() / self.codebooks.len() as f64).exp()
     }
+}
+
+fn entropy(counts: &BTreeMap<u32, u64>) -> f64 {
+    let total = counts.values().sum::<u64>().max(1) as f64;
+    counts.values().map(|&count| count as f64 / total).map(|share| -share * share.ln()).sum()
 }
 
 #[cfg(test)]
@@ -68,10 +82,19 @@ mod tests {
 
     #[test]
     fn usage_and_perplexity_by_hand() {
-        let mut counts = CodeCounts::new(4);
+        let mut counts = CodeCounts::new(4, 1);
         counts.add(&[0, 0, 1, 1, 9]);
         assert_eq!(counts.usage(), 0.5);
         assert!((counts.perplexity() - 2.0).abs() < 1e-12);
-        assert_eq!(CodeCounts::new(4).perplexity(), 1.0);
+        assert_eq!(CodeCounts::new(4, 1).perplexity(), 1.0);
+    }
+
+    #[test]
+    fn codebooks_are_counted_apart() {
+        // The first codebook has 0 and 1, the second only 1: 3 of 8 codes, and √(2 · 1) on average.
+        let mut counts = CodeCounts::new(4, 2);
+        counts.add(&[0, 1, 1, 1, 0, u32::MAX, 1, 1]);
+        assert_eq!(counts.usage(), 3.0 / 8.0);
+        assert!((counts.perplexity() - 2f64.sqrt()).abs() < 1e-12);
     }
 }

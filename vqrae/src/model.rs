@@ -104,6 +104,11 @@ impl Network {
         self.quantizer.quantize(&self.encoder.forward(pixels)?)
     }
 
+    /// [`Network::quantize`] as a training step does it, with what is random in it drawn from `seed`.
+    pub fn quantize_in_training(&self, pixels: &Tensor, seed: u64) -> candle_core::Result<Quantized> {
+        self.quantizer.quantize_in_training(&self.encoder.forward(pixels)?, seed)
+    }
+
     /// Tokens `[B, h·w, D']` to normalised pixels `[B, 3, h·P', w·P']`.
     pub fn paint(&self, tokens: &Tensor, grid: (usize, usize), dtype: DType) -> candle_core::Result<Tensor> {
         self.decoder.forward(&tokens.to_dtype(dtype)?, grid)
@@ -257,15 +262,17 @@ impl Vqrae {
     ///
     /// # Shapes
     /// - pixels: `[B, 3, H, W]`, H and W multiples of the patch
-    /// - output: u32 `[B, h, w]`
+    /// - output: u32 `[B, h, w]`, with C > 1 [codes a token](Vqrae::codes_per_token) `[B, h, w, C]`
     pub fn encode_to_indices(&self, pixels: &Tensor) -> candle_core::Result<Tensor> {
-        match &self.stages {
-            Stages::Packed(stages) => stages.encode_to_indices(pixels),
-            Stages::Tensors(network) => {
-                let (b, _, height, width) = pixels.dims4()?;
-                let (h, w) = network.grid(height, width)?;
-                network.quantize(&pixels.to_device(&self.device)?)?.indices.reshape((b, h, w))
-            }
+        let (b, _, height, width) = pixels.dims4()?;
+        let (h, w) = self.grid_of(height, width)?;
+        let indices = match &self.stages {
+            Stages::Packed(stages) => stages.encode_to_indices(pixels)?,
+            Stages::Tensors(network) => network.quantize(&pixels.to_device(&self.device)?)?.indices,
+        };
+        match self.codes_per_token() {
+            1 => indices.reshape((b, h, w)),
+            c => indices.reshape((b, h, w, c)),
         }
     }
 
@@ -273,16 +280,24 @@ impl Vqrae {
     /// image of them.
     ///
     /// # Shapes
-    /// - indices: u32 `[B, h, w]`
+    /// - indices: u32 `[B, h, w]`, with C > 1 [codes a token](Vqrae::codes_per_token) `[B, h, w, C]`; a residual
+    ///   quantizer trained with quantize dropout takes its first levels alone too
     /// - output: f32 `[B, 3, h·P', w·P']`
+    ///
+    /// # Errors
+    /// If a code is outside the codebook, or a token has another number of codes than the model's.
     pub fn decode_from_indices(&self, indices: &Tensor) -> candle_core::Result<Tensor> {
+        let (grid, tokens) = match (indices.dims(), self.codes_per_token()) {
+            (&[b, h, w], _) => ((h, w), indices.reshape((b, h * w))?),
+            (&[b, h, w, c], expected) if expected > 1 => ((h, w), indices.reshape((b, h * w, c))?),
+            (dims, expected) => candle_core::bail!(
+                "the indices have the shape {dims:?}, expected: [B, h, w] and {expected} codes a token; decode with the \
+                 model that made the codes"
+            ),
+        };
         match &self.stages {
-            Stages::Packed(stages) => stages.decode_from_indices(indices),
-            Stages::Tensors(network) => {
-                let (b, h, w) = indices.dims3()?;
-                let indices = indices.to_device(&self.device)?.reshape((b, h * w))?;
-                self.decode(&network.quantizer.lookup(&indices)?, (h, w))
-            }
+            Stages::Packed(stages) => stages.decode_from_indices(&tokens, grid),
+            Stages::Tensors(network) => self.decode(&network.quantizer.lookup(&tokens.to_device(&self.device)?)?, grid),
         }
     }
 
@@ -294,7 +309,7 @@ impl Vqrae {
         }
     }
 
-    /// The vectors that features are compared with, f32 `[K, e]`.
+    /// The vectors that features are compared with, f32 `[K, e]`; several codebooks stand one below the other.
     pub fn codebook(&self) -> candle_core::Result<Tensor> {
         match &self.stages {
             Stages::Packed(stages) => stages.codebook(),
@@ -302,9 +317,14 @@ impl Vqrae {
         }
     }
 
-    /// Number K of codes.
+    /// Number K of codes; with several codes a token, of each of them.
     pub fn codebook_size(&self) -> usize {
         self.config.quantizer.codebook_size()
+    }
+
+    /// Number C of codes a token: 1, or the last dimension of the indices.
+    pub fn codes_per_token(&self) -> usize {
+        self.config.quantizer.codes_per_token()
     }
 
     /// The grid (h, w) of codes of an image of `height` × `width` pixels.

@@ -54,6 +54,7 @@ fn model(model: &Vqrae) -> Result<Value> {
         "id": model.id(),
         "parameters": model.parameters(),
         "codebook_size": model.codebook_size(),
+        "codes_per_token": model.codes_per_token(),
         "image_size": [preprocessor.size.0, preprocessor.size.1],
         "grid": [h, w],
         "preprocessing": preprocessing(preprocessor),
@@ -71,6 +72,7 @@ fn codes(path: &Path) -> Result<Value> {
         "grid": [codes.h, codes.w],
         "model_id": codes.model_id,
         "codebook_size": codes.codebook_size,
+        "codes_per_token": codes.c,
         "distinct_codes": counts.len(),
         "smallest_index": codes.indices.iter().min(),
         "largest_index": codes.indices.iter().max(),
@@ -82,7 +84,7 @@ fn codes(path: &Path) -> Result<Value> {
 
 fn code_folder(folder: &Path) -> Result<Value> {
     let (mut files, mut size, mut models) = (0, 0, BTreeSet::new());
-    let mut counts = CodeCounts::new(0);
+    let mut counts = CodeCounts::new(0, 1);
     for entry in walkdir::WalkDir::new(folder).sort_by_file_name() {
         let entry = entry?;
         if !entry.file_type().is_file() || Format::of(entry.path()).is_none() {
@@ -91,7 +93,7 @@ fn code_folder(folder: &Path) -> Result<Value> {
         let codes = Codes::read(entry.path())?;
         if files == 0 {
             size = codes.codebook_size;
-            counts = CodeCounts::new(size);
+            counts = CodeCounts::new(size, codes.c);
         }
         files += 1;
         models.insert(codes.model_id);
@@ -108,6 +110,7 @@ fn code_folder(folder: &Path) -> Result<Value> {
         "files": files,
         "model_id": models.first(),
         "codebook_size": size,
+        "codes_per_token": counts.codebooks(),
         "codes_in_use": counts.usage(),
         "perplexity": counts.perplexity(),
     }))

@@ -11,8 +11,9 @@ pub(crate) mod train;
 use std::path::Path;
 
 use anyhow::Result;
+use vqrae::codes::Codes;
 use vqrae::image::{Preprocessor, ResizeMode, Rgb};
-use vqrae::{DType, Tensor};
+use vqrae::{DType, Device, Tensor};
 
 use crate::load::catch_interrupts;
 use crate::plan::{Input, InputArgs};
@@ -41,6 +42,17 @@ fn finish(progress: Progress, exit: Exit, psnr: Option<f64>, next_step: &str) ->
     let (summary, skipped) = progress.finish(psnr);
     report::data(&summary.line()?);
     Ok(exit.merge(skipped))
+}
+
+/// The codes of several images of one grid, as a model takes them: u32 `[B, h, w]` or `[B, h, w, c]`.
+fn stack_codes(codes: &[&Codes], device: &Device) -> Result<Tensor> {
+    let indices: Vec<u32> = codes.iter().flat_map(|codes| codes.indices.iter().copied()).collect();
+    let Some(first) = codes.first() else { anyhow::bail!("no codes to decode") };
+    let (b, h, w, c) = (codes.len(), first.h, first.w, first.c);
+    Ok(match c {
+        1 => Tensor::from_vec(indices, (b, h, w), device)?,
+        c => Tensor::from_vec(indices, (b, h, w, c), device)?,
+    })
 }
 
 /// Decoded pixels `[B, 3, H, W]`, as images.

@@ -116,11 +116,11 @@ impl Job {
     fn decode_codes(&self, batch: &[(&Input, Codes)]) -> Result<Vec<Tensor>> {
         for (input, codes) in batch {
             codes.check_model(&input.path, self.model.id())?;
+            codes.check_shape(&input.path, self.model.codes_per_token(), self.model.codebook_size())?;
         }
         let decode = |alike: &[(&Input, Codes)]| {
-            let (h, w) = (alike[0].1.h, alike[0].1.w);
-            let indices = alike.iter().flat_map(|(_, codes)| codes.indices.iter().copied()).collect();
-            let indices = Tensor::from_vec::<_, u32>(indices, (alike.len(), h, w), self.model.device())?;
+            let codes: Vec<&Codes> = alike.iter().map(|(_, codes)| codes).collect();
+            let indices = super::stack_codes(&codes, self.model.device())?;
             Ok(self.model.decode_from_indices(&indices)?)
         };
         batch.chunk_by(|(_, a), (_, b)| (a.h, a.w) == (b.h, b.w)).map(decode).collect()

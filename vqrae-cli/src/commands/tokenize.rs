@@ -112,7 +112,7 @@ impl Job {
         Ok(self.output.has(&self.code_file(input), origin)? && (!self.reconstruct || self.picture(input).exists()))
     }
 
-    /// The codes u32 `[B, h, w]` of one batch and, if wished, what they decode to.
+    /// The codes u32 `[B, h, w]` or `[B, h, w, c]` of one batch and, if wished, what they decode to.
     fn compute(&self, batch: &[(&Input, Loaded)]) -> Result<(Tensor, Option<Tensor>)> {
         let pixels = stack(batch.iter().map(|(_, loaded)| loaded), &self.model, self.pace)?;
         let indices = self.model.encode_to_indices(&pixels)?;
@@ -132,14 +132,15 @@ impl Job {
         Ok(())
     }
 
-    /// The record of one image, from its indices `[h, w]`.
+    /// The record of one image, from its indices `[h, w]` or `[h, w, c]`.
     fn codes(&self, indices: &Tensor, input: &Input) -> Result<Codes> {
-        let (h, w) = indices.dims2()?;
+        let (h, w) = (indices.dim(0)?, indices.dim(1)?);
         let Origin { model_id, preprocessing, dtype } = self.output.origin().clone();
         Ok(Codes {
             indices: indices.flatten_all()?.to_vec1()?,
             h,
             w,
+            c: self.model.codes_per_token(),
             model_id,
             codebook_size: self.model.codebook_size(),
             source: input.source(),
@@ -157,8 +158,7 @@ impl Job {
     /// `None` for an image that can no longer be read.
     fn pair(&self, input: &Input) -> Result<Option<(Rgb, Rgb)>> {
         let Ok(loaded) = load(input, &self.preprocessor, &self.limits) else { return Ok(None) };
-        let codes = Codes::read(self.code_file(input))?;
-        let indices = Tensor::from_vec(codes.indices, (1, codes.h, codes.w), self.model.device())?;
+        let indices = super::stack_codes(&[&Codes::read(self.code_file(input))?], self.model.device())?;
         let decoded = self.model.decode_from_indices(&indices)?;
         let reconstruction = to_images(&decoded, &self.preprocessor)?.swap_remove(0);
         Ok(Some((beside(&loaded.image, &reconstruction, &self.preprocessor)?, reconstruction)))

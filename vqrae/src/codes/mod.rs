@@ -5,10 +5,11 @@
 //!
 //! | format | the indices | the record |
 //! |---|---|---|
-//! | `.safetensors` | one tensor `codes`, i32 `[h, w]` | the header's metadata |
-//! | `.npy` | int32 `[h, w]`, `numpy.load` opens it | a JSON object in the sibling file, `a.npy` and `a.json` |
+//! | `.safetensors` | one tensor `codes`, i32 `[h, w]` or `[h, w, c]` | the header's metadata |
+//! | `.npy` | int32 `[h, w]` or `[h, w, c]`, `numpy.load` opens it | a JSON object in the sibling file, `a.npy` and `a.json` |
 //!
-//! Indices are in raster order and start at 0. The bytes depend on the codes alone: no date, no random order.
+//! `[h, w, c]` is what a quantizer with c > 1 codes a token makes (`residual`, `product`): the record then says
+//! `codebooks`, and `codebook_size` is that of each. Indices are in raster order and start at 0. The bytes depend on the codes alone: no date, no random order.
 //! A checksum over indices and record is kept in the record, so a damaged file is refused rather than decoded.
 //!
 //! ```
@@ -19,6 +20,7 @@
 //!     indices: vec![3, 1, 4, 1, 5, 9],
 //!     h: 2,
 //!     w: 3,
+//!     c: 1,
 //!     model_id: "0f3a".to_string(),
 //!     codebook_size: 16,
 //!     source: "cats/tom.jpg".to_string(),
@@ -44,7 +46,7 @@ use crate::{Error, Result, files};
 
 pub use safetensors::single_tensor;
 
-/// The most indices that one file may hold: an image of 65,536 × 65,536 pixels in patches of 16.
+/// The most indices that one file may hold: with one code a token an image of 65,536 × 65,536 pixels in patches of 16.
 pub const MAX_INDICES: usize = 1 << 24;
 
 /// More than the largest valid file, so that reading a hostile one takes bounded memory.
@@ -59,15 +61,17 @@ type Record = BTreeMap<String, String>;
 /// The codes of one image, and what is needed to decode them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Codes {
-    /// `h × w` rows of the codebook, in raster order, counted from 0.
+    /// `h × w × c` rows of the codebook, in raster order, those of a token side by side, counted from 0.
     pub indices: Vec<u32>,
     /// Rows of the grid.
     pub h: usize,
     /// Columns of the grid.
     pub w: usize,
+    /// Codes a token; files of 1 hold `[h, w]`.
+    pub c: usize,
     /// The id of the model that made the codes.
     pub model_id: String,
-    /// Rows in that model's codebook: every index is below it.
+    /// Rows in that model's codebook, or in each of its codebooks: every index is below it.
     pub codebook_size: usize,
     /// The image's path, relative to the input folder.
     pub source: String,
@@ -147,19 +151,36 @@ impl Codes {
         })
     }
 
+    /// Refuses codes of another shape than a model's: `codebooks` codes a token, each of `codebook_size`. Codes of the
+    /// model's own id always have it, unless the file was made up.
+    pub fn check_shape(&self, path: impl AsRef<Path>, codebooks: usize, codebook_size: usize) -> Result<()> {
+        if (self.c, self.codebook_size) == (codebooks, codebook_size) {
+            return Ok(());
+        }
+        Err(Error::codes(
+            path,
+            format!(
+                "{} codes a token of codebooks of {} rows, but the model has {codebooks} of {codebook_size}; decode them \
+                 with the model that made them, or tokenize the image again",
+                self.c, self.codebook_size
+            ),
+        ))
+    }
+
     /// What must hold of any codes, read or about to be written.
     fn check(&self) -> std::result::Result<(), String> {
-        let (h, w, count) = (self.h, self.w, self.indices.len());
-        match h.checked_mul(w) {
-            Some(0) => return Err(format!("an empty grid, {h}x{w}")),
-            Some(expected) if expected > MAX_INDICES => return Err(too_many(h, w)),
-            Some(expected) if expected == count => {}
-            Some(_) => return Err(format!("the grid is {h}x{w}, but there are {count} indices")),
-            None => return Err(too_many(h, w)),
+        let (grid, count) = (self.grid(), self.indices.len());
+        match self.h.checked_mul(self.w).and_then(|tokens| tokens.checked_mul(self.c)) {
+            Some(0) => return Err(format!("an empty grid, {grid}")),
+            Some(expected) if expected == count && count <= MAX_INDICES => {}
+            Some(expected) if expected <= MAX_INDICES => {
+                return Err(format!("the grid is {grid}, but there are {count} indices"));
+            }
+            _ => return Err(format!("a grid of {grid} is more than {MAX_INDICES} indices")),
         }
         let size = self.codebook_size;
-        if size > i32::MAX as usize {
-            return Err(format!("a codebook of {size} rows does not fit into i32 indices"));
+        if size > 1 << 31 {
+            return Err(format!("a codebook of {size} rows does not fit into i32 indices; take several codes a token"));
         }
         match self.indices.iter().position(|&index| index as usize >= size) {
             Some(at) => Err(format!("index {} at position {at}, but the codebook has {size} rows", self.indices[at])),
@@ -167,8 +188,19 @@ impl Codes {
         }
     }
 
+    /// The shape of the indices: `[h, w]`, or `[h, w, c]` where c is not 1.
+    fn shape(&self) -> Vec<usize> {
+        if self.c == 1 { vec![self.h, self.w] } else { vec![self.h, self.w, self.c] }
+    }
+
+    /// The same for messages.
+    fn grid(&self) -> String {
+        self.shape().iter().map(usize::to_string).collect::<Vec<_>>().join("x")
+    }
+
     /// The record without its checksum.
     fn statement(&self) -> Record {
+        let codebooks = (self.c != 1).then(|| ("codebooks", self.c.to_string()));
         let entries = [
             ("format", FORMAT.to_string()),
             ("model_id", self.model_id.clone()),
@@ -179,7 +211,7 @@ impl Codes {
             ("order", "raster".to_string()),
             ("index_base", "0".to_string()),
         ];
-        entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
+        entries.into_iter().chain(codebooks).map(|(key, value)| (key.to_string(), value)).collect()
     }
 
     /// The record as it is written.
@@ -208,17 +240,27 @@ impl Codes {
     }
 
     /// The codes that a file holds, or why it cannot be believed.
-    fn from_parts([h, w]: [usize; 2], data: &[u8], record: &Record) -> std::result::Result<Self, String> {
+    fn from_parts(shape: &[usize], data: &[u8], record: &Record) -> std::result::Result<Self, String> {
         let text = |key: &str| record.get(key).cloned().ok_or_else(|| format!("{key} is missing from the record"));
         let format = text("format")?;
         if format != FORMAT {
             return Err(format!("a record of format {format}, expected: {FORMAT}"));
         }
         let size = text("codebook_size")?;
+        let (h, w, c) = match *shape {
+            [h, w] => (h, w, 1),
+            [h, w, c] => (h, w, c),
+            _ => return Err(format!("an array of the shape {shape:?}, expected: [h, w] or [h, w, c]")),
+        };
+        let codebooks = record.get("codebooks").map_or("1", String::as_str);
+        if codebooks != c.to_string() {
+            return Err(format!("the array has the shape {shape:?}, but the record says {codebooks} codes a token"));
+        }
         let codes = Self {
             indices: data.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect(),
             h,
             w,
+            c,
             model_id: text("model_id")?,
             codebook_size: size.parse().map_err(|_| format!("codebook_size is {size:?}, expected: a number"))?,
             source: text("source")?,
@@ -261,8 +303,4 @@ fn read_bounded(path: &Path) -> Result<Vec<u8>> {
         return Err(Error::codes(path, format!("longer than any code file, {MAX_BYTES} bytes")));
     }
     Ok(bytes)
-}
-
-fn too_many(h: usize, w: usize) -> String {
-    format!("a grid of {h}x{w} is more than {MAX_INDICES} indices")
 }

@@ -1,4 +1,5 @@
-//! Codes as an array for numpy: format version 1.0, int32, C order, `[h, w]`; the record is a JSON object beside it.
+//! Codes as an array for numpy: format version 1.0, int32, C order, `[h, w]` or `[h, w, c]`; the record is a JSON
+//! object beside it.
 //!
 //! The header is what numpy itself writes, and only that is read back:
 //! <https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html>.
@@ -12,7 +13,8 @@ const TEXT_AT: usize = MAGIC.len() + 2;
 
 /// The array and its record.
 pub(super) fn to_bytes(codes: &Codes) -> (Vec<u8>, Vec<u8>) {
-    let mut text = format!("{{'descr': '<i4', 'fortran_order': False, 'shape': ({}, {}), }}", codes.h, codes.w);
+    let shape: Vec<String> = codes.shape().iter().map(usize::to_string).collect();
+    let mut text = format!("{{'descr': '<i4', 'fortran_order': False, 'shape': ({}), }}", shape.join(", "));
     // The data is aligned to 64 bytes, the last of the padding being a line's end.
     let length = (TEXT_AT + text.len() + 1).next_multiple_of(64) - TEXT_AT;
     text.extend(std::iter::repeat_n(' ', length - text.len() - 1));
@@ -24,18 +26,19 @@ pub(super) fn to_bytes(codes: &Codes) -> (Vec<u8>, Vec<u8>) {
 pub(super) fn from_bytes(array: &[u8], record: &[u8]) -> Result<Codes, String> {
     let (shape, data) = parse(array)?;
     let record: Record = serde_json::from_slice(record).map_err(|error| format!("the record beside it: {error}"))?;
-    Codes::from_parts(shape, data, &record)
+    Codes::from_parts(&shape, data, &record)
 }
 
 /// Splits an array into its shape and its data, whose lengths agree.
-fn parse(array: &[u8]) -> Result<([usize; 2], &[u8]), String> {
+fn parse(array: &[u8]) -> Result<(Vec<usize>, &[u8]), String> {
     let rest = array.strip_prefix(MAGIC).ok_or("not an .npy file of version 1.0")?;
     let (length, rest) = rest.split_first_chunk().ok_or("the header is cut short")?;
     let length = usize::from(u16::from_le_bytes(*length));
     let (text, data) = rest.split_at_checked(length).ok_or("the header is cut short")?;
     let text: String = String::from_utf8_lossy(text).split_whitespace().collect();
-    let shape = parse_shape(&text).ok_or_else(|| format!("expected: an int32 array [h, w] in C order, got: {text}"))?;
-    let expected = shape[0].checked_mul(shape[1]).and_then(|count| count.checked_mul(4));
+    let shape = parse_shape(&text)
+        .ok_or_else(|| format!("expected: an int32 array [h, w] or [h, w, c] in C order, got: {text}"))?;
+    let expected = shape.iter().try_fold(4usize, |bytes, &size| bytes.checked_mul(size));
     if expected != Some(data.len()) {
         return Err(format!("the header says {shape:?}, but {} bytes of data follow", data.len()));
     }
@@ -43,8 +46,8 @@ fn parse(array: &[u8]) -> Result<([usize; 2], &[u8]), String> {
 }
 
 /// The shape in a header whose spaces are gone.
-fn parse_shape(text: &str) -> Option<[usize; 2]> {
+fn parse_shape(text: &str) -> Option<Vec<usize>> {
     let shape = text.strip_prefix("{'descr':'<i4','fortran_order':False,'shape':(")?.strip_suffix("),}")?;
-    let (h, w) = shape.split_once(',')?;
-    Some([h.parse().ok()?, w.parse().ok()?])
+    let shape: Vec<usize> = shape.split(',').map(|size| size.parse().ok()).collect::<Option<_>>()?;
+    matches!(shape.len(), 2 | 3).then_some(shape)
 }

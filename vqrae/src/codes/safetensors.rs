@@ -1,4 +1,4 @@
-//! Codes as a safetensors file: one tensor `codes`, i32 `[h, w]`, the record as the header's metadata.
+//! Codes as a safetensors file: one tensor `codes`, i32 `[h, w]` or `[h, w, c]`, the record as the header's metadata.
 
 use safetensors::{Dtype, SafeTensors};
 
@@ -7,7 +7,7 @@ use super::{Codes, Record};
 const TENSOR: &str = "codes";
 
 pub(super) fn to_bytes(codes: &Codes) -> Vec<u8> {
-    single_tensor(TENSOR, "I32", &[codes.h, codes.w], &codes.index_bytes(), &codes.record())
+    single_tensor(TENSOR, "I32", &codes.shape(), &codes.index_bytes(), &codes.record())
 }
 
 pub(super) fn from_bytes(bytes: &[u8]) -> Result<Codes, String> {
@@ -19,8 +19,10 @@ pub(super) fn from_bytes(bytes: &[u8]) -> Result<Codes, String> {
         others => return Err(format!("expected: one tensor \"{TENSOR}\", got: {}", names(others))),
     };
     let shape = match (tensor.dtype(), tensor.shape()) {
-        (Dtype::I32, &[h, w]) => [h, w],
-        (dtype, shape) => return Err(format!("tensor {TENSOR}, expected: I32 [h, w], got: {dtype} {shape:?}")),
+        (Dtype::I32, shape @ ([_, _] | [_, _, _])) => shape,
+        (dtype, shape) => {
+            return Err(format!("tensor {TENSOR}, expected: I32 [h, w] or [h, w, c], got: {dtype} {shape:?}"));
+        }
     };
     let record: Record = header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
     Codes::from_parts(shape, tensor.data(), &record)

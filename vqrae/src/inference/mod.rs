@@ -30,12 +30,12 @@ pub(crate) trait Inference: Send + Sync {
     fn encode(&self, pixels: &Tensor) -> Result<Tensor>;
     /// `[B, 3, H, W]` to depth + 1 hidden states `[B, P + N, D]`.
     fn hidden_states(&self, pixels: &Tensor) -> Result<Vec<Tensor>>;
-    /// `[B, 3, H, W]` to codes u32 `[B, h, w]`.
+    /// `[B, 3, H, W]` to codes u32 `[B, h·w]`, with C > 1 codes a token `[B, h·w, C]`.
     fn encode_to_indices(&self, pixels: &Tensor) -> Result<Tensor>;
     /// Features `[B, N, D]` to codes and the decoder's tokens.
     fn quantize(&self, features: &Tensor) -> Result<Quantized>;
-    /// Codes u32 `[B, h, w]` to pixels `[B, 3, H', W']`.
-    fn decode_from_indices(&self, indices: &Tensor) -> Result<Tensor>;
+    /// Codes as [`Inference::encode_to_indices`] gives them to pixels `[B, 3, H', W']`.
+    fn decode_from_indices(&self, indices: &Tensor, grid: (usize, usize)) -> Result<Tensor>;
     /// Tokens `[B, h·w, D']` to pixels `[B, 3, H', W']`.
     fn decode(&self, tokens: &Tensor, grid: (usize, usize)) -> Result<Tensor>;
     /// `[K, e]`.
@@ -111,14 +111,6 @@ impl<T: Element> Network<T> {
             .for_each(|(i, pixels)| decoder.run(tokens(i), grid, &positions, pixels));
         tensor(pixels, &[images, 3, height, width])
     }
-
-    fn check_indices(&self, indices: &[u32]) -> Result<()> {
-        let (k, _) = self.quantizer()?.sizes();
-        match indices.iter().find(|&&index| index as usize >= k) {
-            Some(index) => candle_core::bail!("code {index} is outside the codebook of {k} codes"),
-            None => Ok(()),
-        }
-    }
 }
 
 /// `cell`'s contents, made by `load` the first time; two threads may both load, and one result is kept.
@@ -154,42 +146,34 @@ impl<T: Element> Inference for Network<T> {
     }
 
     fn encode_to_indices(&self, pixels: &Tensor) -> Result<Tensor> {
-        let (b, _, height, width) = pixels.dims4()?;
-        let (h, w) = vit::grid(height, width, self.config.encoder.patch())?;
         let quantizer = self.quantizer()?;
         let projected = self.each_image(pixels, |encoder, x| Ok(quantizer.project(&encoder.finish(x))))?;
-        Tensor::from_vec(quantizer.nearest(&projected.concat())?, (b, h, w), &Device::Cpu)
+        Ok(quantizer.quantize(projected.concat(), projected.len())?.indices)
     }
 
     fn quantize(&self, features: &Tensor) -> Result<Quantized> {
         let (b, n, d) = features.dims3()?;
         let quantizer = self.quantizer()?;
-        let (_, e) = quantizer.sizes();
-        let mut projected = Vec::with_capacity(b * n * e);
+        let mut projected = Vec::new();
         for image in array(features)?.chunks(n * d) {
             let mut x = Matrix::<T>::new(n, d);
             image.chunks_exact(d).enumerate().for_each(|(i, row)| x.set_row(i, row));
             projected.extend(quantizer.project(&x));
         }
-        let indices = quantizer.nearest(&projected)?;
-        let mut codes = Vec::with_capacity(b * n * e);
-        indices.iter().for_each(|&i| codes.extend_from_slice(&quantizer.codes()[i as usize * e..][..e]));
-        let tokens: Vec<f32> = indices.chunks(n.max(1)).flat_map(|codes| quantizer.lookup(codes).to_vec()).collect();
+        let quantized = quantizer.quantize(projected, b)?;
+        let vectors = array(&quantized.tokens)?;
+        let images = vectors.chunks((vectors.len() / b.max(1)).max(1));
+        let tokens: Vec<f32> = images.flat_map(|vectors| quantizer.finish(vectors).to_vec()).collect();
         let width_out = self.config.decoder.sizes(&self.config.encoder).vit.width;
-        Ok(Quantized {
-            tokens: tensor(tokens, &[b, n, width_out])?,
-            indices: Tensor::from_vec(indices, (b, n), &Device::Cpu)?,
-            projected: tensor(projected, &[b, n, e])?,
-            codes: tensor(codes, &[b, n, e])?,
-        })
+        Ok(Quantized { tokens: tensor(tokens, &[b, n, width_out])?, ..quantized })
     }
 
-    fn decode_from_indices(&self, indices: &Tensor) -> Result<Tensor> {
-        let (b, h, w) = indices.dims3()?;
-        let indices = indices.flatten_all()?.to_vec1::<u32>()?;
-        self.check_indices(&indices)?;
+    fn decode_from_indices(&self, indices: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
+        let b = indices.dim(0)?;
         let quantizer = self.quantizer()?;
-        self.paint(b, (h, w), |i| quantizer.lookup(&indices[i * h * w..][..h * w]))
+        let vectors = quantizer.embed(indices)?;
+        let each = vectors.len() / b.max(1);
+        self.paint(b, grid, |i| quantizer.finish(&vectors[i * each..][..each]))
     }
 
     fn decode(&self, tokens: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
@@ -208,9 +192,7 @@ impl<T: Element> Inference for Network<T> {
     }
 
     fn codebook(&self) -> Result<Tensor> {
-        let quantizer = self.quantizer()?;
-        let (k, e) = quantizer.sizes();
-        tensor(quantizer.codes().to_vec(), &[k, e])
+        self.quantizer()?.codebook()
     }
 }
 

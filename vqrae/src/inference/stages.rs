@@ -6,6 +6,7 @@ use vqrae_kernels as kernels;
 use vqrae_kernels::cpu::{Element, End, Isa, Matrix};
 
 use super::layers::{Linear, Norm, Vit, values};
+use crate::quantizer::{Parts, Quantized};
 use crate::vit::Positions;
 use crate::{decoder, encoder, ops, quantizer};
 
@@ -112,15 +113,13 @@ fn patches<T: Element>(pixels: &[f32], (h, w): (usize, usize), p: usize) -> Matr
     out
 }
 
-/// Features to codes, and codes to the decoder's tokens.
+/// Features to codes, and codes to the decoder's tokens: packed projections around what finds and looks up the codes.
 pub(super) struct Quantizer<T> {
     linear_in: Linear<T>,
     norm: FeatureNorm,
     /// Whether features are brought to length one.
     unit: bool,
-    search: kernels::Codebook,
-    /// The codes with their length, where the search compares without it and the decoder sees it.
-    codes: Option<Vec<f32>>,
+    search: Search,
     linear_out: Linear<T>,
 }
 
@@ -153,6 +152,18 @@ impl FeatureNorm {
     }
 }
 
+/// What stands between the projections. All of it treats every token by itself.
+enum Search {
+    /// One codebook, prepared once: SimVQ and VQ.
+    Codebook {
+        search: kernels::Codebook,
+        /// The codes with their length, where the search compares without it and the decoder sees it.
+        codes: Option<Vec<f32>>,
+    },
+    /// Every other quantizer, as tensors of f32.
+    Tensors(quantizer::Quantizer),
+}
+
 impl<T: Element> Quantizer<T> {
     pub(super) fn load(
         vb: VarBuilder,
@@ -161,60 +172,114 @@ impl<T: Element> Quantizer<T> {
         width_out: usize,
         isa: Isa,
     ) -> Result<Self> {
-        let quantizer::Config::SimVq(config) = config else {
-            candle_core::bail!("packed weights know the quantizer `simvq` alone");
+        let quantizer = quantizer::Quantizer::load(vb, config, width_in, width_out)?;
+        let (linear_in, norm, linear_out) = match quantizer.parts() {
+            Parts::SimVq(parts) => (&parts.body.linear_in, &parts.body.norm, &parts.body.linear_out),
+            Parts::Vq(parts) => (&parts.body.linear_in, &parts.body.norm, &parts.body.linear_out),
+            Parts::Between(linear_in, _, linear_out) => (linear_in, &quantizer::FeatureNorm::None, linear_out),
         };
-        let parts = quantizer::SimVq::load(vb, config, width_in, width_out)?;
-        let codes = transformed(&parts, isa)?;
-        let with_length = (config.metric == quantizer::Metric::Hsq).then(|| codes.clone());
-        let search = kernels::Codebook::new(codes, config.codebook_dim, config.metric.ranking());
-        Ok(Self {
-            linear_in: Linear::pack(&parts.body.linear_in, isa)?,
-            norm: FeatureNorm::of(&parts.body.norm)?,
-            unit: config.metric == quantizer::Metric::Cosine,
-            search: search.map_err(candle_core::Error::wrap)?,
-            codes: with_length,
-            linear_out: Linear::pack(&parts.body.linear_out, isa)?,
-        })
+        let (linear_in, linear_out) = (Linear::pack(linear_in, isa)?, Linear::pack(linear_out, isa)?);
+        let (norm, e) = (FeatureNorm::of(norm)?, config.codebook_dim());
+        let (metric, search) = match (quantizer, config) {
+            (quantizer::Quantizer::SimVq(parts), quantizer::Config::SimVq(config)) => {
+                (config.metric, codebook(transformed(&parts, isa)?, e, config.metric)?)
+            }
+            (quantizer::Quantizer::Vq(parts), quantizer::Config::Vq(config)) => {
+                (config.metric, codebook(values(&parts.codebook)?, e, config.metric)?)
+            }
+            (quantizer, _) => (quantizer::Metric::Euclidean, Search::Tensors(quantizer)),
+        };
+        Ok(Self { linear_in, norm, unit: metric == quantizer::Metric::Cosine, search, linear_out })
     }
 
-    /// Number K of codes and their width e.
-    pub(super) fn sizes(&self) -> (usize, usize) {
-        (self.search.len(), self.search.width())
+    /// The vectors that the decoder sees, `[K, e]`.
+    pub(super) fn codebook(&self) -> Result<Tensor> {
+        match &self.search {
+            Search::Codebook { search, codes } => {
+                let rows = codes.as_deref().unwrap_or_else(|| search.rows());
+                tensor(rows.to_vec(), &[search.len(), search.width()])
+            }
+            Search::Tensors(quantizer) => quantizer.codebook(),
+        }
     }
 
-    /// The codes as the decoder sees them, `[K, e]`.
-    pub(super) fn codes(&self) -> &[f32] {
-        self.codes.as_deref().unwrap_or_else(|| self.search.rows())
-    }
-
-    /// The projected features of one image, `[N, e]`, of length one where the metric is cosine.
+    /// The projected features of one image, `[N, e]`, of length one where SimVQ's metric is cosine.
     pub(super) fn project(&self, features: &Matrix<T>) -> Vec<f32> {
-        let mut projected = Matrix::<f32>::new(features.rows(), self.search.width());
+        let width = self.linear_in.width();
+        let mut projected = Matrix::<f32>::new(features.rows(), width);
         self.linear_in.run(features, End::Wide(&mut projected));
         let mut projected = self.norm.run(projected);
         if self.unit {
-            projected.chunks_exact_mut(self.search.width()).for_each(unit);
+            projected.chunks_exact_mut(width).for_each(unit);
         }
         projected
     }
 
-    /// The nearest code of every projected feature.
-    pub(super) fn nearest(&self, projected: &[f32]) -> Result<Vec<u32>> {
-        self.search.nearest(projected).map_err(candle_core::Error::wrap)
+    /// The codes of the projected features of `b` images; what it says of tokens is [`Quantizer::embed`]'s.
+    pub(super) fn quantize(&self, projected: Vec<f32>, b: usize) -> Result<Quantized> {
+        let e = self.linear_in.width();
+        let n = projected.len() / e / b.max(1);
+        match &self.search {
+            Search::Codebook { search, .. } => {
+                let indices = search.nearest(&projected).map_err(candle_core::Error::wrap)?;
+                let projected = tensor(projected, &[b, n, e])?;
+                let indices = Tensor::from_vec(indices, (b, n), &Device::Cpu)?;
+                let codes = tensor(self.embed(&indices)?, &[b, n, e])?;
+                Ok(Quantized { tokens: codes.clone(), indices, projected, codes })
+            }
+            Search::Tensors(quantizer) => inner(quantizer)?.quantize(&tensor(projected, &[b, n, e])?, None),
+        }
     }
 
-    /// The decoder's tokens of one image, `[N, D']`.
-    pub(super) fn lookup(&self, indices: &[u32]) -> Matrix<f32> {
-        let width = self.search.width();
-        let mut codes = Matrix::<T>::new(indices.len(), width);
-        for (i, &index) in indices.iter().enumerate() {
-            codes.set_row(i, &self.codes()[index as usize * width..][..width]);
+    /// The vectors `[B · N, e]` of codes.
+    ///
+    /// # Shapes
+    /// - indices: u32 `[B, N]`, with C > 1 codes a token `[B, N, C]`
+    pub(super) fn embed(&self, indices: &Tensor) -> Result<Vec<f32>> {
+        let (search, rows) = match &self.search {
+            Search::Tensors(quantizer) => return array(&inner(quantizer)?.lookup(indices)?),
+            Search::Codebook { search, codes } => (search, codes.as_deref().unwrap_or_else(|| search.rows())),
+        };
+        indices.dims2()?;
+        let (k, e) = (search.len(), search.width());
+        let indices = indices.flatten_all()?.to_vec1::<u32>()?;
+        let mut codes = Vec::with_capacity(indices.len() * e);
+        for index in indices {
+            match rows.get(index as usize * e..(index as usize + 1) * e) {
+                Some(code) => codes.extend_from_slice(code),
+                None => candle_core::bail!(
+                    "code {index} is outside the codebook of {k} codes; decode with the model that made the codes"
+                ),
+            }
         }
-        let mut tokens = Matrix::new(indices.len(), self.linear_out.width());
+        Ok(codes)
+    }
+
+    /// The decoder's tokens `[N, D']` of the vectors `[N, e]` of one image.
+    pub(super) fn finish(&self, vectors: &[f32]) -> Matrix<f32> {
+        let e = self.linear_in.width();
+        let n = vectors.len() / e;
+        let mut codes = Matrix::<T>::new(n, e);
+        vectors.chunks_exact(e).enumerate().for_each(|(i, row)| codes.set_row(i, row));
+        let mut tokens = Matrix::new(n, self.linear_out.width());
         self.linear_out.run(&codes, End::Wide(&mut tokens));
         tokens
     }
+}
+
+/// What stands between the projections of a quantizer that is held as tensors.
+fn inner(quantizer: &quantizer::Quantizer) -> Result<&dyn quantizer::Bottleneck> {
+    match quantizer.parts() {
+        Parts::Between(_, inner, _) => Ok(inner),
+        Parts::SimVq(_) | Parts::Vq(_) => candle_core::bail!("one codebook is searched in its packed form"),
+    }
+}
+
+/// Codes `[K, e]`, prepared for searching.
+fn codebook(codes: Vec<f32>, e: usize, metric: quantizer::Metric) -> Result<Search> {
+    let with_length = (metric == quantizer::Metric::Hsq).then(|| codes.clone());
+    let search = kernels::Codebook::new(codes, e, metric.ranking()).map_err(candle_core::Error::wrap)?;
+    Ok(Search::Codebook { search, codes: with_length })
 }
 
 /// Ĉ = C Wᵀ (+ w), in f32 whatever the rest computes in, and in an order of sums that most processors share.

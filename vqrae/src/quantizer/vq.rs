@@ -142,8 +142,8 @@ const EMBED_AVG: &str = "embed_avg";
 #[derive(Debug, Clone)]
 pub struct Vq {
     config: VqConfig,
-    body: Body,
-    codebook: Tensor,
+    pub(crate) body: Body,
+    pub(crate) codebook: Tensor,
     averages: Option<Averages>,
 }
 

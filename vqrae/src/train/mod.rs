@@ -22,6 +22,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
+use rand::RngCore;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -177,9 +178,9 @@ struct Since {
 }
 
 impl Since {
-    fn now(k: usize) -> Self {
+    fn now(codes: CodeCounts) -> Self {
         let begin = Instant::now();
-        Self { begin, steps: 0, loss: 0.0, quantizer: 0.0, reconstruction: 0.0, codes: CodeCounts::new(k) }
+        Self { begin, steps: 0, loss: 0.0, quantizer: 0.0, reconstruction: 0.0, codes }
     }
 }
 
@@ -214,7 +215,7 @@ impl<'a> Trainer<'a> {
         let path = output.join("config.toml");
         files::write_whole(&path, text.as_bytes()).map_err(Error::io(&path))?;
         trim_log(&output.join("log.jsonl"), state.step)?;
-        let since = Since::now(model.quantizer.codebook_size());
+        let since = Since::now(no_codes(&model.quantizer));
         Ok(Self { config, output, preprocessor, network, parameters, averages, frozen, optimizer, state, since })
     }
 
@@ -252,7 +253,8 @@ impl<'a> Trainer<'a> {
         if step == 0 {
             self.begin(&pixels)?;
         }
-        let quantized = self.network.quantize(&pixels)?;
+        let seed = data::generator(train.seed, "quantizer", step).next_u64();
+        let quantized = self.network.quantize_in_training(&pixels, seed)?;
         let painted = self.network.paint(&quantized.tokens, self.network.grid(h, w)?, DType::F32)?;
         let terms = Terms::new(&self.config.loss, &pixels, &painted, self.network.quantizer.loss(&quantized)?)?;
         let scalar = |tensor: &Tensor| Ok::<f64, Error>(f64::from(tensor.to_scalar::<f32>()?));
@@ -282,7 +284,7 @@ impl<'a> Trainer<'a> {
         }
         let log = self.summary(norm, ["encoder.", "quantizer.", "decoder."].map(rate));
         self.append(&log)?;
-        self.since = Since::now(self.codes());
+        self.since = Since::now(no_codes(&self.config.model.quantizer));
         Ok(Some(log))
     }
 
@@ -329,7 +331,7 @@ impl<'a> Trainer<'a> {
         let Some(photos) = photos else { return self.export() };
         let centre = Preprocessor { resize_mode: ResizeMode::CenterCrop, ..self.preprocessor.clone() };
         let (h, w) = centre.size;
-        let mut codes = CodeCounts::new(self.codes());
+        let mut codes = no_codes(&self.config.model.quantizer);
         let (mut sum, mut count, mut shown) = (0.0, 0, Vec::new());
         let network = self.untracked()?;
         for index in 0..photos.len() {
@@ -398,16 +400,16 @@ impl<'a> Trainer<'a> {
         checkpoint::write(self.output, &self.state, &self.tensors(), &self.optimizer.state()?, keep)
     }
 
-    fn codes(&self) -> usize {
-        self.config.model.quantizer.codebook_size()
-    }
-
     fn append(&self, line: &impl Serialize) -> Result<()> {
         let path = self.output.join("log.jsonl");
         let text = serde_json::to_string(line).map_err(|e| Error::config(&path, e))?;
         let mut file = std::fs::OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path))?;
         writeln!(file, "{text}").map_err(Error::io(&path))
     }
+}
+
+fn no_codes(quantizer: &quantizer::Config) -> CodeCounts {
+    CodeCounts::new(quantizer.codebook_size(), quantizer.codes_per_token())
 }
 
 /// Names the first key in which a checkpoint's config differs.
