@@ -4,6 +4,7 @@
 //! (`report`). `main` turns the result into an exit code.
 
 mod commands;
+mod hub;
 mod load;
 mod output;
 mod plan;
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{features, init, inspect, reconstruct, tokenize, train};
+use crate::commands::{cache, features, init, inspect, reconstruct, tokenize, train};
 use crate::report::Exit;
 
 /// Turn photos into codes and codes into photos
@@ -38,6 +39,7 @@ enum Command {
     Inspect(inspect::Args),
     Init(init::Args),
     Train(train::Args),
+    Cache(cache::Args),
 }
 
 fn main() -> ExitCode {
@@ -57,5 +59,6 @@ fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Inspect(args) => inspect::execute(args),
         Command::Init(args) => init::execute(args),
         Command::Train(args) => train::execute(args),
+        Command::Cache(args) => cache::execute(args),
     }
 }
