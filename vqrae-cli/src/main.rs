@@ -4,6 +4,7 @@
 //! (`report`). `main` turns the result into an exit code.
 
 mod commands;
+mod hub;
 mod load;
 mod output;
 mod plan;
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{bench, features, init, inspect, reconstruct, tokenize, train};
+use crate::commands::{bench, cache, features, init, inspect, reconstruct, tokenize, train};
 use crate::report::Exit;
 
 /// Turn photos into codes and codes into photos
@@ -39,6 +40,7 @@ enum Command {
     Init(init::Args),
     Train(train::Args),
     Bench(bench::Args),
+    Cache(cache::Args),
 }
 
 fn main() -> ExitCode {
@@ -59,5 +61,6 @@ fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Init(args) => init::execute(args),
         Command::Train(args) => train::execute(args),
         Command::Bench(args) => bench::execute(args),
+        Command::Cache(args) => cache::execute(args),
     }
 }

@@ -11,6 +11,7 @@ use vqrae::image::{Limits, Preprocessor, Resample, ResizeMode};
 use vqrae::{Device, Vqrae, codes};
 use walkdir::{DirEntry, WalkDir};
 
+use crate::hub;
 use crate::load::Pace;
 
 /// What a folder is searched for; a file that is named itself is taken whatever it is called.
@@ -19,8 +20,12 @@ const IMAGE_EXTENSIONS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "bmp", "gif",
 /// Which model, and where it computes.
 #[derive(Args, Debug)]
 pub(crate) struct ModelArgs {
-    /// Folder of the model; without it, the model that ships with the program
-    #[arg(long, value_name = "FOLDER")]
+    /// Folder of the model, or OWNER/NAME[@REVISION] on the Hugging Face hub; without it, the model that ships with the
+    /// program
+    ///
+    /// A folder of that name comes first, then the hub's cache, then a download. HF_HOME, HF_TOKEN, HF_ENDPOINT and
+    /// HF_HUB_OFFLINE are honoured.
+    #[arg(long, value_name = "FOLDER|OWNER/NAME")]
     pub(crate) model: Option<PathBuf>,
     /// Where to compute: cpu, cuda, or cuda:1 for the second card
     #[arg(long, default_value = "cpu", value_name = "cpu|cuda")]
@@ -41,7 +46,7 @@ impl ModelArgs {
         let device = self.device.open()?;
         let dtype = self.dtype.on(&device)?;
         match &self.model {
-            Some(folder) => Ok(Vqrae::from_pretrained(folder, &device, dtype)?),
+            Some(word) => Ok(Vqrae::from_pretrained(hub::folder(word)?, &device, dtype)?),
             None => shipped(&device, dtype),
         }
     }

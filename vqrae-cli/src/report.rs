@@ -8,6 +8,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+#[cfg(feature = "hub")]
+use indicatif::HumanBytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::Value;
@@ -215,6 +217,46 @@ impl Progress {
 
     fn rate(&self) -> f64 {
         self.done as f64 / self.started.elapsed().as_secs_f64().max(1e-9)
+    }
+}
+
+/// Tells how a download gets on.
+#[cfg(feature = "hub")]
+pub(crate) struct Download {
+    bar: ProgressBar,
+    file: String,
+    size: u64,
+    done: u64,
+    last_line: Instant,
+}
+
+#[cfg(feature = "hub")]
+impl Download {
+    /// Of a file of `size` bytes.
+    pub(crate) fn new(file: &str, size: u64) -> Self {
+        let bar = if std::io::stderr().is_terminal() { ProgressBar::new(size) } else { ProgressBar::hidden() };
+        let template = "{msg} {wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_message(file.to_string());
+        Self { bar, file: file.to_string(), size, done: 0, last_line: Instant::now() }
+    }
+
+    /// Counts bytes.
+    pub(crate) fn advance(&mut self, bytes: u64) {
+        self.done += bytes;
+        self.bar.inc(bytes);
+        if self.bar.is_hidden() && self.last_line.elapsed() >= LINE_EVERY {
+            self.last_line = Instant::now();
+            say(&format!("{}: {} of {}", self.file, HumanBytes(self.done), HumanBytes(self.size)));
+        }
+    }
+
+    /// All of it has come.
+    pub(crate) fn finish(self) {
+        self.bar.finish_and_clear();
+        say(&format!("{}: {} downloaded", self.file, HumanBytes(self.size)));
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::hub;
 use crate::report::{self, Exit};
 
 /// Make a new model folder from a pretrained encoder
@@ -12,8 +13,9 @@ use crate::report::{self, Exit};
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder of the encoder as the Hugging Face hub lays it out, with config.json and model.safetensors
-    #[arg(long, value_name = "FOLDER")]
+    /// Folder of the encoder as the Hugging Face hub lays it out, with config.json and model.safetensors; or its
+    /// OWNER/NAME[@REVISION] there
+    #[arg(long, value_name = "FOLDER|OWNER/NAME")]
     encoder: PathBuf,
     /// Config of the new model
     #[arg(long, value_name = "FILE")]
@@ -29,10 +31,11 @@ pub(crate) struct Args {
 const EXAMPLES: &str = "\
 Examples:
   vqrae-cli init --encoder siglip2-base-patch16-224 --config config.json -o my-model
-  vqrae-cli init --encoder siglip2-base-patch16-224 --config config.json -o my-model --seed 7";
+  vqrae-cli init --encoder siglip2-base-patch16-224 --config config.json -o my-model --seed 7
+  vqrae-cli init --encoder google/siglip2-base-patch16-256 --config config.json -o my-model";
 
 pub(crate) fn execute(args: Args) -> Result<Exit> {
-    let report = vqrae::init(&args.encoder, &args.config, &args.output, args.seed)?;
+    let report = vqrae::init(&hub::folder(&args.encoder)?, &args.config, &args.output, args.seed)?;
     report::data(&report::table(&serde_json::to_value(report)?));
     Ok(Exit::Success)
 }

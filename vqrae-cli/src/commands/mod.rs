@@ -1,6 +1,7 @@
 //! One file a subcommand: its words (`Args`) and its work (`execute`).
 
 pub(crate) mod bench;
+pub(crate) mod cache;
 pub(crate) mod features;
 pub(crate) mod init;
 pub(crate) mod inspect;

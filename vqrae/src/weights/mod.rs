@@ -10,7 +10,7 @@ mod store;
 pub use fresh::Fresh;
 pub(crate) use fresh::IDENTITY;
 pub use loader::Loader;
-pub use store::Store;
+pub use store::{INDEX, Store, shards};
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;

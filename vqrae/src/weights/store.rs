@@ -15,7 +15,7 @@ use super::{FILE, Tensors};
 use crate::error::{Error, Result};
 
 /// The file that tells which shard holds which tensor, where there is more than one.
-const INDEX: &str = "model.safetensors.index.json";
+pub const INDEX: &str = "model.safetensors.index.json";
 
 /// Tensors by name, read when they are asked for.
 ///
@@ -228,7 +228,11 @@ fn bits(tensor: &Tensor) -> Cow<'_, [u8]> {
     tensor.data()
 }
 
-fn shards(index: &Path) -> Result<BTreeSet<String>> {
+/// The shards that an index file lists, all of them names of files beside it.
+///
+/// # Errors
+/// If it cannot be read, or lists something else.
+pub fn shards(index: &Path) -> Result<BTreeSet<String>> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
