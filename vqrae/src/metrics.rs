@@ -34,6 +34,11 @@ impl CodeCounts {
         }
     }
 
+    /// How often each code was chosen, K counts.
+    pub fn counts(&self) -> &[u64] {
+        &self.counts
+    }
+
     /// Share of the codebook that was chosen at least once.
     pub fn usage(&self) -> f64 {
         self.counts.iter().filter(|&&count| count > 0).count() as f64 / self.counts.len().max(1) as f64
