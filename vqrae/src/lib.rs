@@ -34,6 +34,7 @@
 //! - `shipped-model` (default): the library carries the model of `weights/vqrae-small`
 //! - `cuda`: candle's CUDA device
 
+pub mod codebook;
 pub mod codes;
 pub mod decoder;
 pub mod encoder;

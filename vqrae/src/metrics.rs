@@ -46,6 +46,11 @@ impl CodeCounts {
         }
     }
 
+    /// How often each code of the first codebook was chosen, K counts.
+    pub fn counts(&self) -> Vec<u64> {
+        (0..self.k as u32).map(|code| self.codebooks[0].get(&code).copied().unwrap_or_default()).collect()
+    }
+
     /// Share of the codes that were chosen at least once, over all codebooks.
     pub fn usage(&self) -> f64 {
         let chosen: usize = self.codebooks.iter().map(BTreeMap::len).sum();
