@@ -329,7 +329,7 @@ mod tests {
 
     #[test]
     fn usage_by_hand() {
-        let mut counts = CodeCounts::new(4);
+        let mut counts = CodeCounts::new(4, 1);
         counts.add(&[1, 1, 1, 3]);
         let usage = Usage::of(&counts);
         assert_eq!((usage.tokens, usage.used, usage.dead, usage.half_of_tokens), (4, 2, 2, 1));
@@ -338,7 +338,7 @@ mod tests {
         assert!((usage.dead_if_uniform - 4.0 * 0.75f64.powi(4)).abs() < 1e-12);
         let even = (3.0f64 / 4.0).ln() * -0.75 + (0.25f64).ln() * -0.25;
         assert!((usage.perplexity - even.exp()).abs() < 1e-12);
-        let nothing = Usage::of(&CodeCounts::new(3));
+        let nothing = Usage::of(&CodeCounts::new(3, 1));
         assert_eq!((nothing.gini, nothing.half_of_tokens, nothing.dead, nothing.dead_if_uniform), (0.0, 0, 3, 3.0));
     }
 
