@@ -292,7 +292,7 @@ fn words_that_make_no_sense_exit_with_2() {
     ] {
         assert!(bench.run(line).exits(2).stdout.is_empty());
     }
-    for command in ["tokenize", "reconstruct", "features", "inspect", "init", "bench"] {
+    for command in ["tokenize", "reconstruct", "features", "inspect", "codebook", "init", "bench"] {
         assert!(bench.run(&format!("{command} --help")).exits(0).stdout.contains("Examples:"), "{command}");
     }
 }
@@ -487,6 +487,88 @@ fn inspect_tells_about_models_and_code_files() {
     assert!(folder["codes_in_use"].as_f64().is_some_and(|share| share > 0.0 && share <= 16.0 / 64.0));
     bench.run("inspect photos").exits(1).says(&["neither a model folder", "nor a folder of code files"]);
     bench.run("inspect photos/0000.png").exits(1).says(&["neither a model folder nor a code file"]);
+}
+
+#[test]
+fn a_codebook_and_its_use_become_figures_and_pictures() {
+    let bench = Bench::new();
+    for name in ["chelsea.png", "coffee.png"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/photos").join(name);
+        bench.write(&format!("photos/{name}"), &std::fs::read(path).expect(name));
+    }
+    bench.run("tokenize photos -o out").exits(0);
+    let facts = bench.run("codebook out/codes out/codes/coffee.png.safetensors -o out/book --json").exits(0).stdout;
+    let facts: Value = serde_json::from_str(&facts).expect("JSON");
+    let mut counts = vec![0u64; 16_384];
+    for name in ["chelsea", "coffee"] {
+        let codes = Codes::read(bench.path(&format!("out/codes/{name}.png.safetensors"))).expect("codes");
+        codes.indices.iter().for_each(|&index| counts[index as usize] += 1);
+    }
+    let used = counts.iter().filter(|&&count| count > 0).count();
+    let usage = &facts["usage"];
+    assert_eq!((&usage["tokens"], &usage["files"], &usage["used"]), (&512.into(), &2.into(), &used.into()));
+    assert_eq!(facts["duplicates"]["identical"], 0);
+
+    let book: Value = serde_json::from_slice(&bench.bytes("out/book/codebook.json")).expect("JSON");
+    assert_eq!(book["codes"]["count"], serde_json::json!(counts));
+    for column in ["norm", "nearest", "distance", "angle"] {
+        assert_eq!(book["codes"][column].as_array().map(Vec::len), Some(16_384), "{column}");
+    }
+    let cells: Vec<_> = book["codes"]["atlas_cell"].as_array().expect("cells").iter().collect();
+    assert!(cells.iter().zip(&counts).all(|(cell, &count)| cell.is_u64() == (count > 0)));
+    let side = |key: &str| book["atlas"][key].as_u64().expect(key) as u32;
+    let atlas = image::load_from_memory(&bench.bytes("out/book/atlas.png")).expect("a PNG");
+    assert_eq!(atlas.width(), side("columns") * side("patch") + 2 * side("margin"));
+    image::load_from_memory(&bench.bytes("out/book/atlas-in-context.png")).expect("a PNG");
+    for name in ["usage.svg", "geometry.svg"] {
+        let svg = String::from_utf8(bench.bytes(&format!("out/book/{name}"))).expect("UTF-8");
+        assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n") && !svg.contains("NaN"), "{name}");
+    }
+}
+
+#[test]
+fn a_codebook_alone_is_described_without_codes() {
+    let bench = Bench::new();
+    let table = bench.run("codebook -o book --model model").exits(0).stdout;
+    for part in ["codebook_size", "64", "norm.median", "nearest.angle.min", "duplicates.identical"] {
+        assert!(table.contains(part), "{part} in: {table}");
+    }
+    let names: Vec<_> = bench.tree("book").into_keys().collect();
+    assert_eq!(names, ["atlas.png", "codebook.json", "geometry.svg"].map(PathBuf::from));
+    bench.run("codebook -o again --model model").exits(0);
+    assert!(bench.tree("book") == bench.tree("again"), "a second run writes something else");
+}
+
+#[test]
+fn codebook_refuses_other_models_and_goes_on_without_damaged_files() {
+    let bench = Bench::with_photos(3);
+    bench.make_model("other", 2);
+    bench.run("tokenize photos -o out --model model --output-format npy").exits(0);
+    let run = bench.run("codebook out/codes -o refused --model other").exits(1);
+    run.says(&["out/codes/", &bench.id("model"), &bench.id("other")]);
+    assert!(bench.tree("refused").is_empty());
+
+    let damaged = "out/codes/0000.png.npy";
+    bench.write(damaged, &bench.bytes(damaged)[..99]);
+    bench.write("out/codes/weights.safetensors", &bench.bytes("model/model.safetensors"));
+    let run = bench.run("codebook out/codes -o book --model model --json").exits(3);
+    let facts: Value = serde_json::from_str(&run.stdout).expect("JSON");
+    assert_eq!((&facts["usage"]["files"], &facts["usage"]["tokens"]), (&2.into(), &32.into()));
+    run.says(&[
+        "skipped out/codes/0000.png.npy: ",
+        "skipped out/codes/weights.safetensors: ",
+        "2 files could not be read",
+    ]);
+    assert!(bench.path("book/codebook.json").exists() && bench.path("book/errors.jsonl").exists());
+
+    bench
+        .run(&format!("codebook {damaged} -o none --model model"))
+        .exits(1)
+        .says(&["none of 1 code file", "none/errors.jsonl"]);
+    bench.run("codebook photos -o none --model model").exits(1).says(&["no code files found under photos", "npy"]);
+    bench.run("codebook nowhere -o none --model model").exits(1).says(&["nowhere: no such file or folder"]);
+    bench.run("codebook out/codes -o book --near 2").exits(2);
+    bench.run("codebook out/codes").exits(2);
 }
 
 #[test]

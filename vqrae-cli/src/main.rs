@@ -3,7 +3,9 @@
 //! Words become a checked plan (`plan`), the plan is carried out (`commands`), and what happens is told in one place
 //! (`report`). `main` turns the result into an exit code.
 
+mod atlas;
 mod commands;
+mod figure;
 mod hub;
 mod load;
 mod output;
@@ -15,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{bench, cache, features, init, inspect, reconstruct, tokenize, train};
+use crate::commands::{bench, cache, codebook, features, init, inspect, reconstruct, tokenize, train};
 use crate::report::Exit;
 
 /// Turn photos into codes and codes into photos
@@ -37,6 +39,7 @@ enum Command {
     Reconstruct(reconstruct::Args),
     Features(features::Args),
     Inspect(inspect::Args),
+    Codebook(codebook::Args),
     Init(init::Args),
     Train(train::Args),
     Bench(bench::Args),
@@ -58,6 +61,7 @@ fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Reconstruct(args) => reconstruct::execute(args),
         Command::Features(args) => features::execute(args),
         Command::Inspect(args) => inspect::execute(args),
+        Command::Codebook(args) => codebook::execute(args),
         Command::Init(args) => init::execute(args),
         Command::Train(args) => train::execute(args),
         Command::Bench(args) => bench::execute(args),

@@ -1,6 +1,6 @@
 //! Words → checked plan: which files a run reads, and with what settings. Nothing is computed here.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
 use std::path::{Component, Path, PathBuf};
 
@@ -227,6 +227,7 @@ impl From<Filter> for Resample {
 pub(crate) enum Kind {
     Images,
     ImagesAndCodes,
+    Codes,
 }
 
 impl Kind {
@@ -234,14 +235,20 @@ impl Kind {
     fn takes(self, path: &Path) -> bool {
         let extension = path.extension().unwrap_or_default();
         let image = IMAGE_EXTENSIONS.iter().any(|known| extension.eq_ignore_ascii_case(known));
-        image || self == Self::ImagesAndCodes && codes::Format::of(path).is_some()
+        image && self != Self::Codes || self != Self::Images && codes::Format::of(path).is_some()
     }
 
     fn plural(self) -> &'static str {
         match self {
             Self::Images => "images",
             Self::ImagesAndCodes => "images or code files",
+            Self::Codes => "code files",
         }
+    }
+
+    /// What a folder is searched for, in words.
+    fn extensions(self) -> String {
+        if self == Self::Codes { "safetensors, npy".to_string() } else { IMAGE_EXTENSIONS.join(", ") }
     }
 }
 
@@ -271,7 +278,21 @@ pub(crate) struct Inputs {
     pub(crate) unreadable: Vec<(Input, String)>,
 }
 
+/// The code files that some words name, each once: nothing is written after their names, so these may be the same.
+pub(crate) fn find_codes(words: &[PathBuf], output: &Path) -> Result<Inputs> {
+    let mut inputs = search(words, Kind::Codes, output)?;
+    let mut seen = HashSet::new();
+    inputs.files.retain(|file| seen.insert(file.path.canonicalize().unwrap_or_else(|_| file.path.clone())));
+    Ok(inputs)
+}
+
 fn find(words: &[PathBuf], kind: Kind, output: &Path) -> Result<Inputs> {
+    let inputs = search(words, kind, output)?;
+    refuse_same_names(&inputs.files)?;
+    Ok(inputs)
+}
+
+fn search(words: &[PathBuf], kind: Kind, output: &Path) -> Result<Inputs> {
     let mut inputs = Inputs::default();
     // An output folder that does not exist yet cannot be met on the way.
     let output = output.canonicalize().ok();
@@ -280,12 +301,11 @@ fn find(words: &[PathBuf], kind: Kind, output: &Path) -> Result<Inputs> {
     }
     if inputs.files.is_empty() {
         let places: Vec<_> = words.iter().map(|word| word.display().to_string()).collect();
-        let extensions = IMAGE_EXTENSIONS.join(", ");
-        bail!("no {} found under {} (a folder is searched for {extensions})", kind.plural(), places.join(", "));
+        let (kind, places, extensions) = (kind.plural(), places.join(", "), kind.extensions());
+        bail!("no {kind} found under {places} (a folder is searched for {extensions})");
     }
     inputs.files.sort_by(|a, b| key(a).cmp(key(b)));
     inputs.files.dedup();
-    refuse_same_names(&inputs.files)?;
     Ok(inputs)
 }
 

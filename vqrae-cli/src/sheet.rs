@@ -29,7 +29,8 @@ pub(crate) fn compose(pairs: &[(Rgb, Rgb)]) -> Option<Rgb> {
     Some(sheet)
 }
 
-fn paste(sheet: &mut Rgb, image: &Rgb, x: usize, y: usize) {
+/// Copies `image` onto `sheet`, its top left pixel at `x`, `y`.
+pub(crate) fn paste(sheet: &mut Rgb, image: &Rgb, x: usize, y: usize) {
     for (i, line) in image.data.chunks_exact(3 * image.width).enumerate() {
         let at = 3 * ((y + i) * sheet.width + x);
         sheet.data[at..at + line.len()].copy_from_slice(line);

@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod cache;
+pub(crate) mod codebook;
 pub(crate) mod features;
 pub(crate) mod init;
 pub(crate) mod inspect;
@@ -66,12 +67,16 @@ fn to_images(decoded: &Tensor, preprocessor: &Preprocessor) -> Result<Vec<Rgb>> 
 
 /// The original, brought to its reconstruction's size where the decoder's differs from the encoder's.
 fn beside(original: &Rgb, reconstruction: &Rgb, preprocessor: &Preprocessor) -> Result<Rgb> {
-    let size = (reconstruction.height, reconstruction.width);
-    if (original.height, original.width) == size {
-        return Ok(original.clone());
+    resized(original, (reconstruction.height, reconstruction.width), preprocessor)
+}
+
+/// An image of `size` (rows, columns), with the model's resampling filter.
+fn resized(image: &Rgb, size: (usize, usize), preprocessor: &Preprocessor) -> Result<Rgb> {
+    if (image.height, image.width) == size {
+        return Ok(image.clone());
     }
     let resize = Preprocessor { size, resize_mode: ResizeMode::Squash, do_resize: true, ..preprocessor.clone() };
-    Ok(resize.prepare(original)?)
+    Ok(resize.prepare(image)?)
 }
 
 /// Writes a contact sheet and says so.
