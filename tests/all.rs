@@ -10,4 +10,5 @@ mod invariance;
 mod model;
 mod ops;
 mod parity;
+mod quantizers;
 mod simvq;

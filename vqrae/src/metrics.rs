@@ -38,7 +38,9 @@ impl CodeCounts {
     /// out, are not counted.
     pub fn add(&mut self, indices: &[u32]) {
         for token in indices.chunks(self.codebooks.len()) {
-            for (counts, &index) in self.codebooks.iter_mut().zip(token).filter(|(_, index)| (**index as usize) < self.k) {
+            for (counts, &index) in
+                self.codebooks.iter_mut().zip(token).filter(|(_, index)| (**index as usize) < self.k)
+            {
                 *counts.entry(index).or_default() += 1;
             }
         }

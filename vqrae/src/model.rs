@@ -297,9 +297,7 @@ impl Vqrae {
         };
         match &self.stages {
             Stages::Packed(stages) => stages.decode_from_indices(&tokens, grid),
-            Stages::Tensors(network) => {
-                self.decode(&network.quantizer.lookup(&tokens.to_device(&self.device)?)?, grid)
-            }
+            Stages::Tensors(network) => self.decode(&network.quantizer.lookup(&tokens.to_device(&self.device)?)?, grid),
         }
     }
 

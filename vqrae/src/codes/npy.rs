@@ -36,7 +36,8 @@ fn parse(array: &[u8]) -> Result<(Vec<usize>, &[u8]), String> {
     let length = usize::from(u16::from_le_bytes(*length));
     let (text, data) = rest.split_at_checked(length).ok_or("the header is cut short")?;
     let text: String = String::from_utf8_lossy(text).split_whitespace().collect();
-    let shape = parse_shape(&text).ok_or_else(|| format!("expected: an int32 array [h, w] or [h, w, c] in C order, got: {text}"))?;
+    let shape = parse_shape(&text)
+        .ok_or_else(|| format!("expected: an int32 array [h, w] or [h, w, c] in C order, got: {text}"))?;
     let expected = shape.iter().try_fold(4usize, |bytes, &size| bytes.checked_mul(size));
     if expected != Some(data.len()) {
         return Err(format!("the header says {shape:?}, but {} bytes of data follow", data.len()));

@@ -167,7 +167,12 @@ impl Residual {
             codes.push(found.codes);
         }
         let tokens = tokens.map_or_else(|| h.zeros_like(), Ok)?;
-        Ok(Quantized { tokens, indices: shared::join(&indices)?, projected: h.clone(), codes: Tensor::stack(&codes, 2)? })
+        Ok(Quantized {
+            tokens,
+            indices: shared::join(&indices)?,
+            projected: h.clone(),
+            codes: Tensor::stack(&codes, 2)?,
+        })
     }
 }
 

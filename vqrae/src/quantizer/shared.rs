@@ -239,13 +239,10 @@ pub(super) fn check_cost(name: &str, cost: f64) -> std::result::Result<(), Strin
 }
 
 /// The number of codes that `levels` values per dimension make, if a code file can hold them; `what` to change if not.
-pub(super) fn implicit_size(
-    levels: impl IntoIterator<Item = usize>,
-    what: &str,
-) -> std::result::Result<usize, String> {
-    let product = levels.into_iter().try_fold(1usize, |product, levels| {
-        product.checked_mul(levels).filter(|&product| product <= MOST_CODES)
-    });
+pub(super) fn implicit_size(levels: impl IntoIterator<Item = usize>, what: &str) -> std::result::Result<usize, String> {
+    let product = levels
+        .into_iter()
+        .try_fold(1usize, |product, levels| product.checked_mul(levels).filter(|&product| product <= MOST_CODES));
     product.ok_or_else(|| {
         format!(
             "quantizer: more than {MOST_CODES} codes do not fit the i32 of a code file; {what}, or take several codes \
