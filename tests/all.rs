@@ -11,5 +11,6 @@ mod invariance;
 mod model;
 mod ops;
 mod parity;
+mod quantizers;
 mod simvq;
 mod vq;

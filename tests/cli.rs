@@ -572,6 +572,44 @@ fn codebook_refuses_other_models_and_goes_on_without_damaged_files() {
 }
 
 #[test]
+fn several_codes_a_token_go_from_photos_to_files_and_back() {
+    let bench = Bench::with_photos(2);
+    let mut config: Value = serde_json::from_slice(&bench.bytes("model/config.json")).expect("JSON");
+    let group = serde_json::json!({ "levels": 2, "codebook_size": 32, "codebook_dim": 4 });
+    config["quantizer"] = serde_json::json!({ "type": "product", "groups": 2, "group": group });
+    let config = Config::from_json(&config.to_string(), Path::new("config.json")).expect("a config");
+    let tensors = fresh_tensors(&config, BTreeMap::new(), 1).expect("tensors");
+    let preprocessor = Preprocessor::siglip(SIDE, Resample::Bicubic);
+    save(&bench.path("product"), &config, &preprocessor, &tensors).expect("a model folder");
+
+    for format in ["npy", "safetensors"] {
+        bench
+            .run(&format!("tokenize photos -o out-{format} --model product --output-format {format} --reconstruct"))
+            .exits(0);
+        let file = format!("out-{format}/codes/0000.png.{format}");
+        let codes = Codes::read(bench.path(&file)).expect("codes");
+        assert_eq!((codes.h, codes.w, codes.c, codes.codebook_size), (4, 4, 4, 32));
+        bench.run(&format!("reconstruct out-{format}/codes -o back-{format} --model product")).exits(0);
+        let picture = |folder: &str| bench.bytes(&format!("{folder}-{format}/reconstructions/0000.png.png"));
+        assert_eq!(picture("out"), picture("back"));
+        let told = bench.run(&format!("inspect {file} --json")).exits(0).stdout;
+        let told: Value = serde_json::from_str(&told).expect("JSON");
+        assert_eq!((told["codes_per_token"].as_u64(), told["codebook_size"].as_u64()), (Some(4), Some(32)));
+    }
+    let told = bench.run("inspect out-npy/codes --json").exits(0).stdout;
+    let told: Value = serde_json::from_str(&told).expect("JSON");
+    assert_eq!(told["codes_per_token"].as_u64(), Some(4));
+    assert!(told["codes_in_use"].as_f64().is_some_and(|share| share > 0.0 && share <= 1.0));
+
+    // Made up: codes that bear the model's id, but have another shape.
+    let file = bench.path("out-npy/codes/0000.png.npy");
+    let codes = Codes::read(&file).expect("codes");
+    Codes { w: 8, c: 2, ..codes }.write(&file).expect("writing");
+    let refused = bench.run("reconstruct out-npy/codes -o refused --model product").exits(1);
+    refused.says(&["0000.png.npy", "2 codes a token", "tokenize the image again"]);
+}
+
+#[test]
 fn init_makes_a_model_that_tokenizes() {
     let bench = Bench::with_photos(1);
     let weights = bench.bytes("model/model.safetensors");

@@ -270,6 +270,41 @@ fn a_codebook_that_starts_from_features_cannot_be_frozen() {
 }
 
 #[test]
+fn every_quantizer_trains_and_goes_on_from_a_checkpoint_to_the_same_bits() {
+    for (i, quantizer) in [
+        r#"{type="fsq",levels=[5,5,4]}"#,
+        r#"{type="lfq",codebook_dim=12,commitment_cost=0.25}"#,
+        r#"{type="lfq",codebook_dim=6,spherical=true}"#,
+        r#"{type="residual",levels=4,codebook_size=16,codebook_dim=6,quantize_dropout=true}"#,
+        r#"{type="product",groups=2,group={levels=2,codebook_size=16,codebook_dim=4,metric="cosine",quantize_dropout=true}}"#,
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let bench = Bench::new();
+        let quantizer = format!("model.quantizer={quantizer}");
+        let set = ["--set", "start={from=\"random\"}", "--set", "train.keep_checkpoints=99", "--set", &quantizer];
+        succeeds(&bench.train("whole", &set));
+        let log = bench.log("whole");
+        let finite = |key: &str| log.iter().filter_map(|line| line[key].as_f64()).all(f64::is_finite);
+        assert!(finite("loss") && finite("quantizer_loss") && finite("perplexity"), "{quantizer}");
+
+        let (from, to) = (bench.path("whole/checkpoints/step-00000005"), bench.path("on/checkpoints/step-00000005"));
+        std::fs::create_dir_all(&to).expect("a folder");
+        for file in from.read_dir().expect("a checkpoint").map(|file| file.expect("a file")) {
+            std::fs::copy(file.path(), to.join(file.file_name())).expect("copying");
+        }
+        succeeds(&bench.train("on", &set));
+        assert!(bench.checkpoint("whole", 12) == bench.checkpoint("on", 12), "{quantizer}: the weights differ");
+
+        if i == 0 {
+            let linear = bench.train("linear", &["--set", &quantizer]);
+            fails_with(&linear, &["principal-components", "model.quantizer.type = \"simvq\""]);
+        }
+    }
+}
+
+#[test]
 fn a_half_written_checkpoint_is_not_one() {
     let bench = Bench::new();
     let short = ["--set", "train.steps=4"];

@@ -374,13 +374,14 @@ mod tests {
     fn screening_never_changes_the_answer() {
         let (k, width) = (1500, 7);
         let plain = noise(k * width);
-        let shapes: [(&str, Box<dyn Fn(usize, f32) -> f32>); 6] = [
-            ("plain", Box::new(|_, x| x)),
-            ("far from the origin, so that f32 sees hardly a difference", Box::new(|_, x| 1e4 + x)),
-            ("on a coarse grid, so that many are equal", Box::new(|_, x| (x * 1.5).round())),
-            ("tiny", Box::new(|_, x| x * 1e-38)),
-            ("huge", Box::new(|_, x| x * 1e38)),
-            ("of very different lengths", Box::new(|i, x| x * (i as f32 / -400.0).exp())),
+        type Shape = (&'static str, fn(usize, f32) -> f32);
+        let shapes: [Shape; 6] = [
+            ("plain", |_, x| x),
+            ("far from the origin, so that f32 sees hardly a difference", |_, x| 1e4 + x),
+            ("on a coarse grid, so that many are equal", |_, x| (x * 1.5).round()),
+            ("tiny", |_, x| x * 1e-38),
+            ("huge", |_, x| x * 1e38),
+            ("of very different lengths", |i, x| x * (i as f32 / -400.0).exp()),
         ];
         for (name, shape) in shapes {
             let rows: Vec<f32> = plain.iter().enumerate().map(|(i, &x)| shape(i / width, x)).collect();

@@ -2,7 +2,7 @@
 //!
 //! 1. [`image`]: an image file becomes pixels `[3, H, W]`, bit for bit as Pillow and transformers have them
 //! 2. [`encoder`]: pixels `[B, 3, H, W]` become continuous features `[B, N, D]`
-//! 3. [`quantizer`]: every feature becomes the index of its nearest code, `[B, h, w]`
+//! 3. [`quantizer`]: every feature becomes the index of its nearest code, `[B, h, w]`, or several, `[B, h, w, C]`
 //! 4. [`decoder`]: codes become pixels again
 //! 5. [`codes`]: codes ⇄ disk
 //!

@@ -146,7 +146,7 @@ impl Book {
         for (input, reason) in &inputs.unreadable {
             progress.skip(input, reason)?;
         }
-        let (mut files, mut counts) = (0, CodeCounts::new(self.norms.len()));
+        let (mut files, mut counts) = (0, CodeCounts::new(self.norms.len(), 1));
         let workers = std::thread::available_parallelism().map_or(1, Into::into);
         let compute = |batch: &[(&Input, Codes)]| {
             batch.iter().try_for_each(|(input, codes)| Ok(codes.check_model(&input.path, self.model.id())?))

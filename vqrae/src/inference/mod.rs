@@ -148,7 +148,7 @@ impl<T: Element> Inference for Network<T> {
     fn encode_to_indices(&self, pixels: &Tensor) -> Result<Tensor> {
         let quantizer = self.quantizer()?;
         let projected = self.each_image(pixels, |encoder, x| Ok(quantizer.project(&encoder.finish(x))))?;
-        Ok(quantizer.quantize(projected.concat(), projected.len())?.indices)
+        quantizer.indices(projected.concat(), projected.len())
     }
 
     fn quantize(&self, features: &Tensor) -> Result<Quantized> {

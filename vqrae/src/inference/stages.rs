@@ -215,15 +215,22 @@ impl<T: Element> Quantizer<T> {
         projected
     }
 
-    /// The codes of the projected features of `b` images; what it says of tokens is [`Quantizer::embed`]'s.
+    /// The codes of the projected features of `b` images: u32 `[B, N]`, with C > 1 codes a token `[B, N, C]`.
+    pub(super) fn indices(&self, projected: Vec<f32>, b: usize) -> Result<Tensor> {
+        let Search::Codebook { search, .. } = &self.search else { return Ok(self.quantize(projected, b)?.indices) };
+        let indices = search.nearest(&projected).map_err(candle_core::Error::wrap)?;
+        let n = indices.len() / b.max(1);
+        Tensor::from_vec(indices, (b, n), &Device::Cpu)
+    }
+
+    /// The same with all that is known of them; what it says of tokens is [`Quantizer::embed`]'s.
     pub(super) fn quantize(&self, projected: Vec<f32>, b: usize) -> Result<Quantized> {
         let e = self.linear_in.width();
         let n = projected.len() / e / b.max(1);
         match &self.search {
-            Search::Codebook { search, .. } => {
-                let indices = search.nearest(&projected).map_err(candle_core::Error::wrap)?;
+            Search::Codebook { .. } => {
+                let indices = self.indices(projected.clone(), b)?;
                 let projected = tensor(projected, &[b, n, e])?;
-                let indices = Tensor::from_vec(indices, (b, n), &Device::Cpu)?;
                 let codes = tensor(self.embed(&indices)?, &[b, n, e])?;
                 Ok(Quantized { tokens: codes.clone(), indices, projected, codes })
             }

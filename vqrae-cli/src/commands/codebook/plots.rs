@@ -53,7 +53,7 @@ pub(super) fn usage(tally: &Tally) -> Figure {
         number(usage.perplexity),
         usage.gini
     );
-    Figure { heading, panels: vec![ranks(tally), classes(tally.counts.counts())] }
+    Figure { heading, panels: vec![ranks(tally), classes(&tally.counts.counts())] }
 }
 
 /// The curve of rank and frequency, both logarithmic.
