@@ -464,8 +464,10 @@ fn broken_models_are_refused_by_name() {
     tokenize().says(&["model.safetensors", "16", "24"]);
     bench.write("model/config.json", &config.as_bytes()[..99]);
     tokenize().says(&["config.json"]);
-    std::fs::remove_dir_all(bench.path("model")).expect("removing");
+    std::fs::remove_file(bench.path("model/config.json")).expect("removing");
     tokenize().says(&["config.json", "No such file"]);
+    std::fs::remove_dir_all(bench.path("model")).expect("removing");
+    tokenize().says(&["model: no such folder", "OWNER/NAME"]);
     assert!(!bench.path("out").exists());
 }
 
@@ -624,7 +626,10 @@ fn init_makes_a_model_that_tokenizes() {
     let run = bench.run("init --encoder siglip --config config.json -o new --seed 3").exits(0);
     assert!(run.stdout.contains(&bench.id("new")), "{}", run.stdout);
     bench.run("tokenize photos -o out --model new").exits(0);
-    bench.run("init --encoder nowhere --config config.json -o new").exits(1).says(&["nowhere/config.json"]);
+    bench
+        .run("init --encoder nowhere --config config.json -o new")
+        .exits(1)
+        .says(&["nowhere: no such folder", "OWNER/NAME"]);
 }
 
 #[test]

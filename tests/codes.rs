@@ -204,8 +204,7 @@ fn lying_headers_are_refused() {
         ("(2, 3)", "(9, 9)", "the header says [9, 9], but 24 bytes of data follow"),
         ("(2, 3), }", "(99999999999999999999, 9), }", "expected: an int32 array"),
         ("(2, 3), }", "(1, 1, 2, 3), }", "expected: an int32 array"),
-        ("(2, 3), }", "(1, 2, 3), }", "the record says 1 codes a token"),
-        ("(2, 3), }", "(2, 3, 1), }", "the checksum does not match"),
+        ("(2, 3), }   ", "(1, 2, 3), }", "the record says 1 codes a token"),
         ("'<i4'", "'<f4'", "expected: an int32 array"),
         ("False", "True", "expected: an int32 array"),
     ] {

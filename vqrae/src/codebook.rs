@@ -400,16 +400,4 @@ mod tests {
         assert!(norms(&[1.0; 3], 0).is_err());
         assert!(norms(&[1.0, f32::NAN], 1).unwrap_err().to_string().contains("code 1"));
     }
-
-    /// Run with `--ignored`: prints the time of the shapes that matter.
-    #[test]
-    #[ignore = "a measurement: 16,384 codes of width 32 and of 1,536"]
-    fn neighbours_of_large_codebooks_take_seconds() {
-        for width in [32, 1536] {
-            let rows = noise(16_384 * width);
-            let started = std::time::Instant::now();
-            assert_eq!(neighbours(&rows, width).unwrap().len(), 16_384);
-            assert!(started.elapsed().as_secs() < 60, "width {width}: {:?}", started.elapsed());
-        }
-    }
 }

@@ -97,7 +97,7 @@ impl Lfq {
 
     /// ±magnitude for each of the `bits` lowest bits of an index, the highest first.
     fn code(&self, index: u32, bits: usize) -> impl Iterator<Item = f32> {
-        (0..bits).rev().map(move |bit| if index >> bit & 1 == 1 { self.magnitude } else { -self.magnitude })
+        (0..bits).rev().map(move |bit| if (index >> bit) & 1 == 1 { self.magnitude } else { -self.magnitude })
     }
 
     /// Σ over groups of bits of mean_n H(p(n)) − γ H(mean_n p(n)), for h `[M, e]`.
@@ -128,7 +128,7 @@ impl Bottleneck for Lfq {
     fn quantize(&self, h: &Tensor, _: Option<u64>) -> Result<Quantized> {
         let (b, n, e) = h.dims3()?;
         let projected = if self.config.spherical { (shared::unit(h)? * self.config.scale)? } else { h.clone() };
-        let index = |row: &[f32]| row.iter().fold(0u32, |index, &x| index << 1 | u32::from(x > 0.0));
+        let index = |row: &[f32]| row.iter().fold(0u32, |index, &x| (index << 1) | u32::from(x > 0.0));
         let indices: Vec<u32> = shared::finite(&projected)?.chunks_exact(e).map(index).collect();
         let indices = Tensor::from_vec(indices, (b, n), h.device())?;
         let codes = self.lookup(&indices)?;

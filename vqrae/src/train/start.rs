@@ -72,7 +72,7 @@ impl Sizes {
         let needs = |what: &str| Error::Training(format!("start = \"principal-components\" needs {what}"));
         let wish = |holds: bool, what: &str| if holds { Ok(()) } else { Err(needs(what)) };
         let quantizer::Config::SimVq(simvq) = &model.quantizer else {
-            return Err(needs("model.quantizer.type = \"simvq\""));
+            return Err(needs("model.quantizer.type = \"simvq\"; or set start.from = \"random\""));
         };
         let sizes = Self {
             patch: model.encoder.patch(),
