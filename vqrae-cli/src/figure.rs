@@ -152,7 +152,7 @@ impl Panel {
         let (path, x, y, anchor, text) = match rule {
             Rule::Across(at, text) => {
                 let y = self.y(*at);
-                (format!("M0 {y:.1}H{WIDTH}"), WIDTH - 4.0, y - 5.0, "end", text)
+                (format!("M0 {y:.1}H{WIDTH}"), 6.0, y - 5.0, "start", text)
             }
             Rule::Down(at, text) => {
                 let x = self.x(*at);

@@ -95,7 +95,7 @@ fn classes(counts: &[u64]) -> Panel {
     Panel {
         title: "Codes, by their number of tokens",
         x: Axis {
-            label: "tokens, from this number to the next",
+            label: "tokens of a code, from this many to the next",
             low: 0.0,
             high: classes as f64,
             ticks: Ticks::At(ticks),
