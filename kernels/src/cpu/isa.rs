@@ -84,6 +84,15 @@ impl Isa {
         })
     }
 
+    /// The sets that tests force: that of `VQRAE_CPU` alone if it is given, else all of this machine.
+    #[cfg(test)]
+    pub(crate) fn tested() -> Vec<Self> {
+        match std::env::var(VARIABLE) {
+            Ok(name) if !name.is_empty() => vec![Self::named(&name).unwrap()],
+            _ => Self::available().to_vec(),
+        }
+    }
+
     /// Its name, as `VQRAE_CPU` takes it.
     pub fn name(self) -> &'static str {
         match self.0 {

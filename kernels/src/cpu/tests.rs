@@ -12,14 +12,6 @@ fn values(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|_| next()).collect()
 }
 
-/// The sets to test: that of `VQRAE_CPU` alone if it is given, else all of this machine.
-fn sets() -> Vec<Isa> {
-    match std::env::var(VARIABLE) {
-        Ok(name) if !name.is_empty() => vec![Isa::named(&name).unwrap()],
-        _ => Isa::available().to_vec(),
-    }
-}
-
 fn matrix<T: Element>(rows: usize, columns: usize, seed: u64) -> Matrix<T> {
     let mut matrix = Matrix::new(rows, columns);
     for (i, row) in values(rows * columns, seed).chunks_exact(columns).enumerate() {
@@ -56,7 +48,7 @@ fn product<T: Element>(isa: Isa, (n, d, e): (usize, usize, usize)) -> Matrix<f32
 }
 
 fn products_are_near_their_real_sums<T: Element>() {
-    for isa in sets() {
+    for isa in Isa::tested() {
         for (n, d, e) in SHAPES {
             let (x, weight, bias) = (matrix::<T>(n, d, 1), values(e * d, 2), values(e, 3));
             let out = product::<T>(isa, (n, d, e));
@@ -86,7 +78,7 @@ fn bf16_products_are_near_their_real_sums() {
 
 #[test]
 fn sets_of_one_arithmetic_give_the_same_bits() {
-    let pairs = || sets().into_iter().flat_map(|a| sets().into_iter().map(move |b| (a, b)));
+    let pairs = || Isa::tested().into_iter().flat_map(|a| Isa::tested().into_iter().map(move |b| (a, b)));
     for shape in SHAPES {
         for (a, b) in pairs().filter(|(a, b)| a.arithmetic(false) == b.arithmetic(false)) {
             assert_eq!(product::<f32>(a, shape).to_vec(), product::<f32>(b, shape).to_vec(), "{a:?} {b:?} {shape:?}");
@@ -98,7 +90,7 @@ fn sets_of_one_arithmetic_give_the_same_bits() {
 }
 
 fn a_row_does_not_depend_on_the_others<T: Element>() {
-    for isa in sets().into_iter().filter(|isa| *isa != Isa::PORTABLE) {
+    for isa in Isa::tested().into_iter().filter(|isa| *isa != Isa::PORTABLE) {
         let (n, d, e) = (101, 130, 77);
         let weight = Packed::<T>::new(&values(e * d, 2), d, isa);
         let run = |x: &Matrix<T>| {
@@ -169,7 +161,7 @@ fn the_ends_of_a_linear_layer() {
 }
 
 fn attention_is_near_the_real_one<T: Element>(tolerance: f64) {
-    for isa in sets() {
+    for isa in Isa::tested() {
         for (n, heads, width) in [(1, 1, 1), (17, 2, 24), (96, 1, 64), (130, 3, 72)] {
             let d = heads * width;
             let qkv = matrix::<T>(n, 3 * d, 9);
@@ -228,7 +220,7 @@ fn a_layer_norm_by_hand() {
 
 /// The arithmetic named "fma": one fused product after the other, the bias last.
 fn fused_products_are_one_chain<T: Element>(bf16: bool) {
-    for isa in sets().into_iter().filter(|isa| isa.arithmetic(bf16) == "fma") {
+    for isa in Isa::tested().into_iter().filter(|isa| isa.arithmetic(bf16) == "fma") {
         for (n, d, e) in SHAPES {
             let (x, weight, bias) = (matrix::<T>(n, d, 1), values(e * d, 2), values(e, 3));
             let out = product::<T>(isa, (n, d, e));
