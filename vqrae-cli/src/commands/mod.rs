@@ -18,7 +18,7 @@ use vqrae::image::{Preprocessor, ResizeMode, Rgb};
 use vqrae::{DType, Device, Tensor};
 
 use crate::load::catch_interrupts;
-use crate::plan::{Input, InputArgs};
+use crate::plan::{FileArgs, Input, InputArgs};
 use crate::report::{Exit, Progress};
 use crate::{output, report, sheet};
 
@@ -27,9 +27,20 @@ const RUN_AGAIN: &str = "run the same command again to go on from here";
 
 /// Starts to count: `left` files to do, `resumed` done before, and those that could not even be listed.
 fn start(args: &InputArgs, left: usize, resumed: usize, unreadable: &[(Input, String)]) -> Result<Progress> {
+    begin(&args.files, &args.output, left, resumed, unreadable)
+}
+
+/// [`start`] for a command that names its output otherwise; `errors.jsonl` is written in `folder`.
+fn begin(
+    args: &FileArgs,
+    folder: &Path,
+    left: usize,
+    resumed: usize,
+    unreadable: &[(Input, String)],
+) -> Result<Progress> {
     catch_interrupts()?;
     let total = left + resumed + unreadable.len();
-    let mut progress = Progress::new(total, resumed, args.max_errors(), &args.output)?;
+    let mut progress = Progress::new(total, resumed, args.max_errors(), folder)?;
     for (input, reason) in unreadable {
         progress.skip(input, reason)?;
     }
