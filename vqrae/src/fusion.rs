@@ -14,8 +14,6 @@ use crate::encoder::{By, Fuse};
 use crate::ops::{Linear, Norm};
 use crate::vit::{self, Activation, Attention, Mlp};
 
-/// Heads of the cross-attention.
-pub(crate) const HEADS: usize = 8;
 /// ε of the norm that the shallow state passes.
 const SHALLOW_EPS: f64 = 1e-6;
 
@@ -49,7 +47,7 @@ impl Cross {
         let config = vit::Config {
             width,
             depth: 1,
-            heads: HEADS,
+            heads: By::HEADS,
             mlp_width: 2 * width,
             layer_norm_eps: 1e-5,
             style: vit::Style { activation: Activation::Gelu, ..vit::Style::default() },

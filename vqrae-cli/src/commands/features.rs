@@ -109,7 +109,7 @@ fn count(args: &Args, file: &Path) -> Result<Exit> {
     };
     let exit = each_batch(&inputs.files, job.pace, &mut progress, read, compute, add)?;
     if exit != Exit::Interrupted {
-        let record = [
+        let record = BTreeMap::from([
             ("model_id", job.model.id().to_string()),
             ("features", job.model.config().encoder.features().to_string()),
             ("preprocessing", preprocessing(&job.preprocessor)),
@@ -117,9 +117,8 @@ fn count(args: &Args, file: &Path) -> Result<Exit> {
             ("images", statistics.images().to_string()),
             ("h", grid.0.to_string()),
             ("w", grid.1.to_string()),
-        ];
-        let record = record.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
-        statistics.write(file, record).with_context(|| file.display().to_string())?;
+        ]);
+        statistics.write(file, &record).with_context(|| file.display().to_string())?;
     }
     finish(progress, exit, None, "no statistics were written; run the same command again")
 }

@@ -62,6 +62,11 @@ pub enum By {
     Attention,
 }
 
+impl By {
+    /// Heads of the cross-attention, as IDEAL has it.
+    pub(crate) const HEADS: usize = 8;
+}
+
 fn yes() -> bool {
     true
 }
@@ -119,7 +124,7 @@ impl Features {
                         "encoder: features.fuse.shallow is {shallow}, expected: less than features.fuse.deep, {deep}"
                     ));
                 }
-                let heads = crate::fusion::HEADS;
+                let heads = By::HEADS;
                 if by == By::Attention && !width.is_multiple_of(heads) {
                     return Err(format!(
                         "encoder: features.fuse.by is `attention`, whose {heads} heads do not divide the width {width}; \
