@@ -275,6 +275,7 @@ fn statistics_of_features_make_a_model_that_normalises_them() {
     bench.run("features photos --statistics a/b.safetensors --model model --batch-size 1 --num-workers 1").exits(3);
     bench.run("features photos --statistics c.safetensors --model model --batch-size 4 --num-workers 3").exits(3);
     assert!(bench.bytes("a/b.safetensors") == bench.bytes("c.safetensors"), "the batch changes the statistics");
+    assert!(String::from_utf8_lossy(&bench.bytes("c.safetensors.errors.jsonl")).contains("broken.png"));
 
     bench.run("features photos -o out --model model").exits(3);
     let mut values: Vec<f64> = Vec::new();

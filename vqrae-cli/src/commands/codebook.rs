@@ -150,7 +150,7 @@ impl Book {
     /// Counts the codes of all files that can be read.
     fn count(&self, inputs: &Inputs, output: &Path) -> Result<(Tally, Exit)> {
         let total = inputs.files.len() + inputs.unreadable.len();
-        let mut progress = Progress::new(total, 0, usize::MAX, output)?;
+        let mut progress = Progress::new(total, 0, usize::MAX, output.join("errors.jsonl"))?;
         for (input, reason) in &inputs.unreadable {
             progress.skip(input, reason)?;
         }

@@ -72,7 +72,7 @@ fn write(args: &Args, folder: &Path) -> Result<Exit> {
     let path = |input: &Input| output.path("features", &input.relative, "safetensors");
 
     let (left, resumed) = split_done(inputs.files, |input| output.has(&path(input), origin))?;
-    let mut progress = begin(&args.files, folder, left.len(), resumed, &inputs.unreadable)?;
+    let mut progress = begin(&args.files, folder.join("errors.jsonl"), left.len(), resumed, &inputs.unreadable)?;
     let limits = args.images.limits();
     let read = |input: &Input| load(input, &job.preprocessor, &limits);
     let compute = |batch: &[(&Input, Loaded)]| job.compute(batch);
@@ -90,11 +90,12 @@ fn write(args: &Args, folder: &Path) -> Result<Exit> {
 fn count(args: &Args, file: &Path) -> Result<Exit> {
     let inputs = args.files.find(Kind::Images, file)?;
     let job = Job::open(args)?;
-    let folder = file.parent().unwrap_or(Path::new("")).to_path_buf();
-    std::fs::create_dir_all(if folder.as_os_str().is_empty() { Path::new(".") } else { &folder })
-        .map_err(Error::io(&folder))?;
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let mut errors = file.as_os_str().to_owned();
+    errors.push(".errors.jsonl");
 
-    let mut progress = begin(&args.files, &folder, inputs.files.len(), 0, &inputs.unreadable)?;
+    let mut progress = begin(&args.files, errors.into(), inputs.files.len(), 0, &inputs.unreadable)?;
     let limits = args.images.limits();
     let grid = job.grid()?;
     let mut statistics = Statistics::new(job.model.config().encoder.width());
