@@ -101,11 +101,7 @@ impl<T: Element> Network<T> {
     }
 
     /// Runs `each` on the states of every image.
-    fn each_image<R: Send>(
-        &self,
-        pixels: &Tensor,
-        each: impl Fn(&Encoder<T>, &States) -> Result<R> + Sync,
-    ) -> Result<Vec<R>> {
+    fn each_image<R: Send>(&self, pixels: &Tensor, each: impl Fn(&Encoder<T>, &States) -> R + Sync) -> Result<Vec<R>> {
         let (_, channels, height, width) = pixels.dims4()?;
         if channels != 3 {
             candle_core::bail!("pixels have {channels} channels, expected: 3");
@@ -114,24 +110,7 @@ impl<T: Element> Network<T> {
         let encoder = self.encoder()?;
         let positions = encoder.positions(grid)?;
         let run = |pixels: &[f32]| each(encoder, &encoder.run(pixels, grid, &positions, |_| ()));
-        array(pixels)?.par_chunks(3 * height * width).map(run).collect()
-    }
-
-    /// The features `[N, D]` of one image.
-    fn features<O: Element>(&self, encoder: &Encoder<T>, states: &States) -> Result<Matrix<O>> {
-        Ok(match (&states.shallow, self.fusion()?) {
-            (Some(shallow), Some(fusion)) => narrowed(&fusion.run(shallow, encoder.finish(states))),
-            _ => encoder.finish(states),
-        })
-    }
-
-    /// What the quantizer's first layer makes of the features of one image, `[N, e]`.
-    fn project(&self, encoder: &Encoder<T>, states: &States) -> Result<Vec<f32>> {
-        let quantizer = self.quantizer()?;
-        let Some((_, rows)) = self.latent()? else { return Ok(quantizer.project(&self.features(encoder, states)?)) };
-        let mut features = self.features::<f32>(encoder, states)?;
-        (0..features.rows()).for_each(|i| rows.normalize(i, features.row_mut(i)));
-        Ok(quantizer.project(&narrowed(&features)))
+        Ok(array(pixels)?.par_chunks(3 * height * width).map(run).collect())
     }
 
     /// The pixels of several images, from the tokens that `tokens` gives for each.
@@ -171,11 +150,20 @@ fn once<V>(cell: &OnceLock<V>, load: impl FnOnce() -> Result<V>) -> Result<&V> {
     Ok(cell.get_or_init(|| value))
 }
 
+/// The features `[N, D]` of one image.
+fn features<T: Element, O: Element>(encoder: &Encoder<T>, fusion: Option<&Fusion<T>>, states: &States) -> Matrix<O> {
+    match (&states.shallow, fusion) {
+        (Some(shallow), Some(fusion)) => narrowed(&fusion.run(shallow, encoder.finish(states))),
+        _ => encoder.finish(states),
+    }
+}
+
 impl<T: Element> Inference for Network<T> {
     fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
         let (b, n) = (pixels.dim(0)?, self.tokens(pixels)?);
+        let fusion = self.fusion()?;
         let features =
-            self.each_image(pixels, |encoder, states| Ok(self.features::<f32>(encoder, states)?.to_vec()))?;
+            self.each_image(pixels, |encoder, states| features::<T, f32>(encoder, fusion, states).to_vec())?;
         tensor(features.concat(), &[b, n, self.config.encoder.width()])
     }
 
@@ -196,12 +184,19 @@ impl<T: Element> Inference for Network<T> {
     }
 
     fn encode_to_indices(&self, pixels: &Tensor) -> Result<Tensor> {
-        if let Some((latent, _)) = self.latent()? {
+        // Read before the images go their own ways, so that no two of them read the same.
+        let (fusion, latent, quantizer) = (self.fusion()?, self.latent()?, self.quantizer()?);
+        if let Some((latent, _)) = latent {
             let (_, _, height, width) = pixels.dims4()?;
             latent.check_grid(vit::grid(height, width, self.config.encoder.patch())?)?;
         }
-        let projected = self.each_image(pixels, |encoder, states| self.project(encoder, states))?;
-        self.quantizer()?.indices(projected.concat(), projected.len())
+        let projected = self.each_image(pixels, |encoder, states| {
+            let Some((_, rows)) = latent else { return quantizer.project(&features(encoder, fusion, states)) };
+            let mut features: Matrix<f32> = features(encoder, fusion, states);
+            (0..features.rows()).for_each(|i| rows.normalize(i, features.row_mut(i)));
+            quantizer.project(&narrowed(&features))
+        })?;
+        quantizer.indices(projected.concat(), projected.len())
     }
 
     fn quantize(&self, features: &Tensor) -> Result<Quantized> {
