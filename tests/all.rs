@@ -3,6 +3,7 @@
 mod codes;
 mod compare;
 mod encoders;
+mod features;
 mod folders;
 mod gradients;
 mod image;

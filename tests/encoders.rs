@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use vqrae::encoder::{Encoder, Features};
+use vqrae::encoder::Encoder;
 use vqrae::image::{Preprocessor, Resample};
 use vqrae::model::{fresh_tensors, save};
 use vqrae::weights::{self, Loader, Store};
@@ -93,27 +93,6 @@ fn packed_weights_equal_transformers_in_every_state() {
         }
         say(&format!("packed {name} in {}: worst relative error {worst:.1e}", model.precision()));
     }
-}
-
-#[test]
-fn the_sum_of_the_last_states_is_their_sum() {
-    let folder = fixture("encoders/dinov2-registers");
-    let reference = tensors_of(&folder.join("reference.safetensors"), "6x5");
-    let sum = (&reference["hidden.1"] + &reference["hidden.2"]).unwrap();
-    let (mut config, mut given) = weights::encoder(&folder).unwrap();
-    *config.features_mut() = Features::SumLast(2);
-    given.retain(|name, _| !name.contains("post_layernorm"));
-    let loader = Loader::new(Store::of_tensors(given.clone(), &folder));
-    let vb = loader.builder(DType::F32, &Device::Cpu).pp("encoder");
-    let encoder = loader.finish(Encoder::load(vb, &config)).unwrap();
-    let got = encoder.forward(&reference["pixel_values"]).unwrap();
-    assert_close("tensor operations", &got, &patches(&sum, 5), PARITY);
-
-    let config = Config::new(config, serde_json::from_str(SIMVQ).unwrap(), Default::default());
-    let tensors = fresh_tensors(&config, given, 5).unwrap();
-    let preprocessor = Preprocessor::siglip(32, Resample::Bicubic);
-    let model = Vqrae::new(config, preprocessor, tensors, &folder, &Device::Cpu, DType::F32).unwrap();
-    assert_close("packed", &model.encode(&reference["pixel_values"]).unwrap(), &patches(&sum, 5), PARITY);
 }
 
 #[test]

@@ -122,15 +122,34 @@ impl Precision {
     }
 }
 
-/// Which files, and how they are read.
+/// Which files, how they are read, and where results go.
 #[derive(Args, Debug)]
 pub(crate) struct InputArgs {
-    /// Folders (searched recursively), files, or quoted globs such as 'photos/**/*.jpg'
-    #[arg(required = true, value_name = "INPUT")]
-    inputs: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) files: FileArgs,
     /// Folder to write to
     #[arg(short, long, alias = "output_folder", alias = "output-folder", value_name = "OUT")]
     pub(crate) output: PathBuf,
+}
+
+impl InputArgs {
+    /// The files to work on, images only or code files too.
+    pub(crate) fn find(&self, kind: Kind) -> Result<Inputs> {
+        self.files.find(kind, &self.output)
+    }
+
+    /// How the files are read.
+    pub(crate) fn pace(&self) -> Pace {
+        self.files.pace()
+    }
+}
+
+/// Which files, and how they are read.
+#[derive(Args, Debug)]
+pub(crate) struct FileArgs {
+    /// Folders (searched recursively), files, or quoted globs such as 'photos/**/*.jpg'
+    #[arg(required = true, value_name = "INPUT")]
+    inputs: Vec<PathBuf>,
     /// Images that go through the model at once; on the CPU it changes the speed, never the result
     #[arg(long, alias = "batch_size", default_value = "16", value_name = "N")]
     batch_size: NonZeroUsize,
@@ -145,10 +164,10 @@ pub(crate) struct InputArgs {
     strict: bool,
 }
 
-impl InputArgs {
-    /// The files to work on, images only or code files too.
-    pub(crate) fn find(&self, kind: Kind) -> Result<Inputs> {
-        find(&self.inputs, kind, &self.output)
+impl FileArgs {
+    /// The files to work on, images only or code files too; the folder of `output` is not searched.
+    pub(crate) fn find(&self, kind: Kind, output: &Path) -> Result<Inputs> {
+        find(&self.inputs, kind, output)
     }
 
     /// How the files are read.

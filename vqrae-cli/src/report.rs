@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -137,15 +137,15 @@ pub(crate) struct Progress {
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
 impl Progress {
-    /// For `total` files, of which an earlier run did `resumed`; unreadable files go to `OUT/errors.jsonl`.
-    pub(crate) fn new(total: usize, resumed: usize, max_errors: usize, output: &Path) -> Result<Self> {
+    /// For `total` files, of which an earlier run did `resumed`; unreadable files go to the file `errors`.
+    pub(crate) fn new(total: usize, resumed: usize, max_errors: usize, errors: PathBuf) -> Result<Self> {
         let bar = if std::io::stderr().is_terminal() { ProgressBar::new(total as u64) } else { ProgressBar::hidden() };
         if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} images, {per_sec}, {eta} left") {
             bar.set_style(style);
         }
         bar.set_position(resumed as u64);
         bar.reset_eta();
-        let (errors, now) = (ErrorLog::start(output.join("errors.jsonl"))?, Instant::now());
+        let (errors, now) = (ErrorLog::start(errors)?, Instant::now());
         let progress =
             Self { bar, total, done: 0, skipped: 0, resumed, max_errors, errors, started: now, last_line: now };
         if resumed > 0 {
@@ -271,7 +271,7 @@ impl Summary {
     }
 }
 
-/// `errors.jsonl`: one line for each file that this run could not read, written as it happens.
+/// `OUT/errors.jsonl`, beside statistics `FILE.errors.jsonl`: one line for each file that this run could not read, written as it happens.
 struct ErrorLog {
     path: PathBuf,
     file: Option<File>,

@@ -67,7 +67,7 @@ pub(crate) struct Attention {
 }
 
 impl Attention {
-    fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
+    pub(crate) fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
         let (d, style) = (config.width, config.style);
         let input = |name: &str| match style.no_qkv_bias {
             true => Linear::load_without_bias(vb.pp(name), d, d),
@@ -87,8 +87,10 @@ impl Attention {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (mut q, mut k, v) = (self.q_proj.forward(x)?, self.k_proj.forward(x)?, self.v_proj.forward(x)?);
+    /// What every token of `x` finds in those of `context`, as many; in self-attention they are the same.
+    pub(crate) fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let (mut q, mut k) = (self.q_proj.forward(x)?, self.k_proj.forward(context)?);
+        let v = self.v_proj.forward(context)?;
         if let Some((q_norm, k_norm)) = &self.qk_norms {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
@@ -104,7 +106,7 @@ pub(crate) struct Mlp {
 }
 
 impl Mlp {
-    fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
+    pub(crate) fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
         let activation = config.style.activation;
         Ok(Self {
             fc1: Linear::load(vb.pp("fc1"), config.width, activation.width_before(config.mlp_width))?,
@@ -113,7 +115,7 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let hidden = self.fc1.forward(x)?;
         self.fc2.forward(&match self.activation {
             Activation::GeluTanh => ops::gelu(&hidden)?,
@@ -160,7 +162,8 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let attended = self.self_attn.forward(&self.layer_norm1.forward(x)?)?;
+        let normed = self.layer_norm1.forward(x)?;
+        let attended = self.self_attn.forward(&normed, &normed)?;
         let Some((scale1, scale2)) = &self.layer_scales else {
             let x = (x + attended)?;
             return &x + self.mlp.forward(&self.layer_norm2.forward(&x)?)?;

@@ -20,6 +20,10 @@ pub(crate) struct Args {
     /// Config of the new model
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// Mean and variance of the encoder's features, for a config with a section `latent`: a file that `features
+    /// --statistics` wrote, or RAE's as safetensors
+    #[arg(long, alias = "latent_statistics", value_name = "FILE")]
+    latent_statistics: Option<PathBuf>,
     /// Model folder to write
     #[arg(short, long, value_name = "MODEL")]
     output: PathBuf,
@@ -32,10 +36,12 @@ const EXAMPLES: &str = "\
 Examples:
   vqrae-cli init --encoder siglip2-base-patch16-224 --config config.json -o my-model
   vqrae-cli init --encoder siglip2-base-patch16-224 --config config.json -o my-model --seed 7
-  vqrae-cli init --encoder google/siglip2-base-patch16-256 --config config.json -o my-model";
+  vqrae-cli init --encoder google/siglip2-base-patch16-256 --config config.json -o my-model
+  vqrae-cli init --encoder dinov2-base --config normalised.json --latent-statistics stats.safetensors -o my-model";
 
 pub(crate) fn execute(args: Args) -> Result<Exit> {
-    let report = vqrae::init(&hub::folder(&args.encoder)?, &args.config, &args.output, args.seed)?;
+    let (encoder, statistics) = (hub::folder(&args.encoder)?, args.latent_statistics.as_deref());
+    let report = vqrae::init(&encoder, &args.config, statistics, &args.output, args.seed)?;
     report::data(&report::table(&serde_json::to_value(report)?));
     Ok(Exit::Success)
 }

@@ -57,6 +57,7 @@ fn model(model: &Vqrae) -> Result<Value> {
         "codes_per_token": model.codes_per_token(),
         "image_size": [preprocessor.size.0, preprocessor.size.1],
         "grid": [h, w],
+        "features": model.config().encoder.features().to_string(),
         "preprocessing": preprocessing(preprocessor),
         "config": model.config(),
     }))

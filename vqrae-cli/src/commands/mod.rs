@@ -10,7 +10,7 @@ pub(crate) mod reconstruct;
 pub(crate) mod tokenize;
 pub(crate) mod train;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use vqrae::codes::Codes;
@@ -18,7 +18,7 @@ use vqrae::image::{Preprocessor, ResizeMode, Rgb};
 use vqrae::{DType, Device, Tensor};
 
 use crate::load::catch_interrupts;
-use crate::plan::{Input, InputArgs};
+use crate::plan::{FileArgs, Input, InputArgs};
 use crate::report::{Exit, Progress};
 use crate::{output, report, sheet};
 
@@ -27,9 +27,20 @@ const RUN_AGAIN: &str = "run the same command again to go on from here";
 
 /// Starts to count: `left` files to do, `resumed` done before, and those that could not even be listed.
 fn start(args: &InputArgs, left: usize, resumed: usize, unreadable: &[(Input, String)]) -> Result<Progress> {
+    begin(&args.files, args.output.join("errors.jsonl"), left, resumed, unreadable)
+}
+
+/// [`start`] for a command that names its output otherwise; what could not be read is written to the file `errors`.
+fn begin(
+    args: &FileArgs,
+    errors: PathBuf,
+    left: usize,
+    resumed: usize,
+    unreadable: &[(Input, String)],
+) -> Result<Progress> {
     catch_interrupts()?;
     let total = left + resumed + unreadable.len();
-    let mut progress = Progress::new(total, resumed, args.max_errors(), &args.output)?;
+    let mut progress = Progress::new(total, resumed, args.max_errors(), errors)?;
     for (input, reason) in unreadable {
         progress.skip(input, reason)?;
     }

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::image::{Preprocessor, Resample, ResizeMode};
 use crate::model::{self, fresh_tensors};
 use crate::weights::{self, Tensors};
-use crate::{decoder, encoder, quantizer};
+use crate::{decoder, encoder, latent, quantizer};
 
 /// The whole of a run's settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -63,19 +63,23 @@ pub struct Model {
     /// The decoder; what is not said mirrors the encoder.
     #[serde(default)]
     pub decoder: decoder::Config,
+    /// The normalisation of features before the quantizer, whose statistics a start from a folder has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latent: Option<latent::Config>,
 }
 
 impl Model {
     fn of_folder(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let model::Config { encoder, quantizer, decoder, .. } = model::Config::from_json(&text, &path)?;
-        Ok(Self { encoder, quantizer, decoder })
+        let model::Config { encoder, quantizer, decoder, latent, .. } = model::Config::from_json(&text, &path)?;
+        Ok(Self { encoder, quantizer, decoder, latent })
     }
 
     /// As `config.json` has it.
     pub fn config(&self) -> model::Config {
-        model::Config::new(self.encoder.clone(), self.quantizer.clone(), self.decoder.clone())
+        let (encoder, quantizer, decoder) = (self.encoder.clone(), self.quantizer.clone(), self.decoder.clone());
+        model::Config { latent: self.latent, ..model::Config::new(encoder, quantizer, decoder) }
     }
 }
 
@@ -141,7 +145,7 @@ impl Run {
 pub struct Groups {
     /// Of `encoder.…`; stage 1 of the paper has zero.
     pub encoder: Rate,
-    /// Of `quantizer.…`.
+    /// Of `quantizer.…` and `fusion.…`, which is trained where the encoder is frozen.
     pub quantizer: Rate,
     /// Of `decoder.…`.
     pub decoder: Rate,
@@ -152,7 +156,7 @@ impl Groups {
     pub fn of(&self, name: &str) -> Rate {
         match name.split('.').next() {
             Some("encoder") => self.encoder,
-            Some("quantizer") => self.quantizer,
+            Some("quantizer" | "fusion") => self.quantizer,
             _ => self.decoder,
         }
     }
@@ -177,6 +181,11 @@ impl Config {
 
     fn check(&self) -> std::result::Result<(), String> {
         self.model.config().check()?;
+        if self.model.latent.is_some() && !matches!(self.start, Start::Folder { .. }) {
+            return Err("model.latent needs statistics; set start.from = \"folder\", a folder that `init` made with \
+                        --latent-statistics"
+                .to_string());
+        }
         let (train, optimizer) = (&self.train, &self.optimizer);
         if train.batch_size == 0 || train.batch_size > 1 << 16 {
             return Err(format!("train.batch_size is {}, expected: 1 to 65536", train.batch_size));

@@ -292,7 +292,7 @@ impl<'a> Trainer<'a> {
 
     /// Lets a codebook that starts from features do so.
     fn begin(&self, pixels: &Tensor) -> Result<()> {
-        let features = || self.network.encoder.forward(pixels);
+        let features = || self.network.latents(pixels);
         let mut choose = chooser(self.config.train.seed, "first codes", 0);
         self.set(self.network.quantizer.first(features, &mut choose)?)
     }
@@ -389,8 +389,9 @@ impl<'a> Trainer<'a> {
     /// Writes `model/`, in the dtype that the config asks for.
     fn export(&self) -> Result<()> {
         let dtype = self.config.train.save_dtype()?;
-        // Sums of many features may lie beyond the range of f16.
-        let of = |name: &str| if self.averages.contains_key(name) { DType::F32 } else { dtype };
+        // Sums of many features may lie beyond the range of f16, and variances below it.
+        let wide = |name: &str| self.averages.contains_key(name) || name.starts_with("latent.");
+        let of = |name: &str| if wide(name) { DType::F32 } else { dtype };
         let cast = |(name, tensor): (String, Tensor)| {
             let tensor = tensor.to_dtype(of(&name))?;
             Ok((name, tensor))
@@ -451,7 +452,9 @@ impl Split {
         for (name, tensor) in tensors {
             let tensor = tensor.to_dtype(DType::F32)?;
             let of_quantizer = name.strip_prefix("quantizer.");
-            if groups.of(name).peak == 0.0 || of_quantizer.is_some_and(|name| model.quantizer.is_frozen(name)) {
+            let never_changes =
+                name.starts_with("latent.") || of_quantizer.is_some_and(|name| model.quantizer.is_frozen(name));
+            if never_changes || groups.of(name).peak == 0.0 {
                 frozen.insert(name.clone(), tensor);
             } else if of_quantizer.is_some_and(|name| model.quantizer.is_average(name)) {
                 averages.insert(name.clone(), Var::from_tensor(&tensor)?);
