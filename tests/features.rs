@@ -77,7 +77,7 @@ impl Pretrained {
     fn init(&self, place: &Path, wishes: &Value, statistics: Option<&Path>) -> vqrae::Result<PathBuf> {
         let file = place.join("wishes.json");
         fs::write(&file, wishes.to_string()).unwrap();
-        init(&self.folder_in(place), &file, statistics, &place.join("model"), 5).map(|report| report.folder)
+        init(&self.folder_in(place), &file, &[], statistics, &place.join("model"), 5).map(|report| report.folder)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Encoder, quantizer and decoder together: the only place where the stages meet.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -23,7 +23,7 @@ use vqrae_kernels::cpu::{Bf16, Isa};
 /// The file that a model folder keeps its [`Config`] in.
 const CONFIG: &str = "config.json";
 /// The file that a model folder keeps its [`Preprocessor`] in.
-const PREPROCESSOR: &str = "preprocessor_config.json";
+pub(crate) const PREPROCESSOR: &str = "preprocessor_config.json";
 /// The version of the model folder's layout that this library reads and writes.
 const FORMAT: u32 = 1;
 
@@ -454,7 +454,7 @@ impl Stages {
 }
 
 /// The id of a model: another config, preprocessing or weight makes another id.
-fn id(config: &Config, preprocessor: &Preprocessor, store: &Store) -> Result<String> {
+pub(crate) fn id(config: &Config, preprocessor: &Preprocessor, store: &Store) -> Result<String> {
     store.id(&format!("{}\n{}", config.to_json()?, preprocessor.to_json()))
 }
 
@@ -474,98 +474,4 @@ pub fn save(folder: &Path, config: &Config, preprocessor: &Preprocessor, tensors
     }
     let metadata = HashMap::from([("format".to_string(), "vqrae".to_string())]);
     weights::write(&folder.join(weights::FILE), tensors, metadata)
-}
-
-/// What [`init`] made.
-#[derive(Debug, Clone, Serialize)]
-pub struct InitReport {
-    /// The new model's folder.
-    pub folder: PathBuf,
-    /// Its id.
-    pub id: String,
-    /// Weights that came from the encoder's folder.
-    pub pretrained: usize,
-    /// Weights that are fresh: quantizer and decoder.
-    pub fresh: usize,
-}
-
-/// Makes a new VQRAE of a pretrained encoder: a folder of SigLIP, fixed-size SigLIP2, DINOv2, InternViT or MAE.
-///
-/// `config_file` is JSON with the sections `quantizer` and `decoder` of [`Config`] and, if wished, an `encoder` section
-/// with [`features`](encoder::Features) and `backend`, and a [`latent`](latent::Config) section; the encoder's sizes come
-/// from its own folder. The preprocessor is the encoder's. A `latent` section needs `statistics`: a file that
-/// [`latent::Statistics`] wrote, or RAE's as safetensors.
-pub fn init(
-    encoder_folder: &Path,
-    config_file: &Path,
-    statistics: Option<&Path>,
-    output: &Path,
-    seed: u64,
-) -> Result<InitReport> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Wishes {
-        quantizer: quantizer::Config,
-        #[serde(default)]
-        decoder: decoder::Config,
-        #[serde(default)]
-        encoder: EncoderWishes,
-        latent: Option<latent::Config>,
-    }
-    #[derive(Default, Deserialize)]
-    #[serde(default, deny_unknown_fields)]
-    struct EncoderWishes {
-        features: Option<encoder::Features>,
-        backend: encoder::Backend,
-    }
-    let text = std::fs::read_to_string(config_file).map_err(Error::io(config_file))?;
-    let wishes: Wishes = serde_json::from_str(&text).map_err(|e| Error::config(config_file, e))?;
-    let (mut encoder, mut given) = weights::encoder(encoder_folder)?;
-    if let Some(features) = wishes.encoder.features {
-        *encoder.features_mut() = features;
-    }
-    match &mut encoder {
-        encoder::Config::Siglip(siglip) => siglip.backend = wishes.encoder.backend,
-        _ if wishes.encoder.backend == encoder::Backend::Vit => {}
-        _ => {
-            let reason = "encoder.backend is candle_transformers, which has SigLIP alone; leave it out";
-            return Err(Error::config(config_file, reason));
-        }
-    }
-    let config = Config { latent: wishes.latent, ..Config::new(encoder, wishes.quantizer, wishes.decoder) };
-    config.check().map_err(|reason| Error::config(config_file, reason))?;
-    given.retain(|name, _| config.encoder.needs(name));
-    let pretrained = given.values().map(Tensor::elem_count).sum::<usize>();
-    match (config.latent, statistics) {
-        (Some(latent), Some(file)) => {
-            given.extend(latent::read(file, latent.normalize, config.encoder.grid(), config.encoder.width())?);
-        }
-        (None, None) => {}
-        (Some(_), None) => {
-            let reason = "the section `latent` needs statistics: name their file, which `vqrae-cli features --statistics` \
-                          writes, with --latent-statistics";
-            return Err(Error::config(config_file, reason));
-        }
-        (None, Some(file)) => {
-            let reason = format!(
-                "statistics are given ({}), but there is no section `latent`; add \"latent\": {{\"normalize\": \"channel\"}}",
-                file.display()
-            );
-            return Err(Error::config(config_file, reason));
-        }
-    }
-    let preprocessor = Preprocessor::from_file(&encoder_folder.join(PREPROCESSOR))?;
-
-    let names: Vec<String> = given.keys().cloned().collect();
-    let tensors = fresh_tensors(&config, given, seed).map_err(|e| Error::weights(encoder_folder, e))?;
-    if let Some(left) = names.iter().find(|name| !tensors.contains_key(*name)) {
-        return Err(Error::weights(
-            encoder_folder,
-            format!("tensor `{left}` is not one that config.json has a use for"),
-        ));
-    }
-    save(output, &config, &preprocessor, &tensors)?;
-    let total = tensors.values().map(Tensor::elem_count).sum::<usize>();
-    let id = id(&config, &preprocessor, &Store::of_tensors(tensors.clone(), output))?;
-    Ok(InitReport { folder: output.to_path_buf(), id, pretrained, fresh: total - pretrained })
 }

@@ -12,9 +12,10 @@ use super::schedule::Rate;
 use super::{Event, Observer, start};
 use crate::error::{Error, Result};
 use crate::image::{Preprocessor, Resample, ResizeMode};
+use crate::init::Wishes;
 use crate::model::{self, fresh_tensors};
 use crate::weights::{self, Tensors};
-use crate::{decoder, encoder, latent, quantizer};
+use crate::{decoder, encoder, latent, quantizer, recipe};
 
 /// The whole of a run's settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,7 +33,7 @@ pub struct Config {
     pub optimizer: optimizer::Config,
     /// Learning rates.
     pub groups: Groups,
-    /// The model; when it starts from a folder and this section is missing, the folder's.
+    /// The model; when a run starts from a folder, the folder's.
     pub model: Model,
 }
 
@@ -163,15 +164,17 @@ impl Groups {
 }
 
 impl Config {
-    /// Reads a TOML file and applies overrides such as `train.steps=200`.
+    /// Reads a TOML file and applies overrides such as `train.steps=200`. Where a run starts from a folder, the file may
+    /// leave the model to the folder, or have the [`Wishes`] that the folder was made with.
     pub fn read(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        let mut table: toml::Table = text.parse().map_err(|e| Error::config(path, e))?;
-        for wish in overrides {
-            set(&mut table, wish).map_err(|reason| Error::config(path, reason))?;
-        }
-        if let (false, Some(folder)) = (table.contains_key("model"), start_folder(&table)) {
-            let model = toml::Value::try_from(Model::of_folder(&folder)?).map_err(|e| Error::config(path, e))?;
+        let mut table = recipe::read(path, overrides)?;
+        if let Some(folder) = start_folder(&table).filter(|_| !is_whole(table.get("model"))) {
+            let model = Model::of_folder(&folder)?;
+            if let Some(wishes) = table.get("model") {
+                let wishes = Wishes::of(wishes).map_err(|reason| Error::config(path, reason))?;
+                wishes.check(&model.config()).map_err(|key| other_folder(&folder, key, path))?;
+            }
+            let model = toml::Value::try_from(model).map_err(|e| Error::config(path, e))?;
             table.insert("model".to_string(), model);
         }
         let config: Self = toml::Value::Table(table).try_into().map_err(|e| Error::config(path, e))?;
@@ -252,33 +255,14 @@ fn start_folder(table: &toml::Table) -> Option<PathBuf> {
     folder.then(|| start.get("path")?.as_str().map(PathBuf::from))?
 }
 
-/// Applies `a.b.c=value`; the value is TOML, or a bare word.
-fn set(table: &mut toml::Table, wish: &str) -> std::result::Result<(), String> {
-    let (key, value) = wish.split_once('=').ok_or_else(|| format!("--set {wish}: expected: key=value"))?;
-    let parsed = format!("v = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("v"));
-    let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_string()));
-    let mut path: Vec<&str> = key.split('.').collect();
-    let last = path.pop().unwrap_or(key);
-    let mut at = table;
-    for part in path {
-        let entry = at.entry(part).or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        at = entry.as_table_mut().ok_or_else(|| format!("--set {wish}: `{part}` is not a section"))?;
-    }
-    at.insert(last.to_string(), value);
-    Ok(())
+/// Whether a `model` section says all of a model, and not only what is wished of a new one.
+fn is_whole(model: Option<&toml::Value>) -> bool {
+    model.and_then(|model| model.get("encoder")?.get("model_type")).is_some()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn overrides_reach_nested_keys() {
-        let mut table: toml::Table = "[train]\nsteps = 1".parse().unwrap();
-        set(&mut table, "train.steps=20").unwrap();
-        set(&mut table, "train.save_dtype=f16").unwrap();
-        assert_eq!(table["train"]["steps"].as_integer(), Some(20));
-        assert_eq!(table["train"]["save_dtype"].as_str(), Some("f16"));
-        assert!(set(&mut table, "train").is_err());
-    }
+fn other_folder(folder: &Path, key: &str, recipe: &Path) -> Error {
+    let recipe = recipe.display();
+    let reason =
+        format!("its `{key}` is not that of {recipe}; make the folder with `vqrae-cli init --config {recipe}`");
+    Error::config(folder.join("config.json"), reason)
 }
