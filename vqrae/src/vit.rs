@@ -215,6 +215,8 @@ pub enum Interpolation {
     Bicubic,
     /// Bicubic, a = −0.5, the filter widened where the grid shrinks: DINOv2 with registers.
     Antialiased,
+    /// Bilinear, the filter widened where the grid shrinks: SigLIP2 NaFlex.
+    AntialiasedBilinear,
 }
 
 /// Learned positions of a grid, interpolated for any other grid.
@@ -277,11 +279,16 @@ impl Interpolation {
                         row[source.clamp(0, last) as usize] += cubic(centre - source as f32, -0.75);
                     }
                 }
-                Self::Antialiased => {
+                Self::Antialiased | Self::AntialiasedBilinear => {
+                    let bilinear = self == Self::AntialiasedBilinear;
                     let stretch = scale.max(1.0);
-                    let first = ((centre - 2.0 * stretch + 0.5) as isize).max(0) as usize;
-                    let end = ((centre + 2.0 * stretch + 0.5) as usize).min(input);
-                    let tap = |i: usize| cubic((i as f32 + 0.5 - centre) / stretch, -0.5);
+                    let reach = if bilinear { stretch } else { 2.0 * stretch };
+                    let first = ((centre - reach + 0.5) as isize).max(0) as usize;
+                    let end = ((centre + reach + 0.5) as usize).min(input);
+                    let tap = |i: usize| {
+                        let x = (i as f32 + 0.5 - centre) / stretch;
+                        if bilinear { (1.0 - x.abs()).max(0.0) } else { cubic(x, -0.5) }
+                    };
                     let sum: f32 = (first..end).map(tap).sum();
                     (first..end).for_each(|i| row[i] = tap(i) / sum);
                 }
@@ -382,6 +389,9 @@ mod tests {
 
     use super::*;
 
+    const ALL: [Interpolation; 3] =
+        [Interpolation::Bicubic, Interpolation::Antialiased, Interpolation::AntialiasedBilinear];
+
     #[test]
     fn unpatchify_puts_channels_last_within_a_patch() -> Result<()> {
         let patches = Tensor::arange(0f32, 24., &Device::Cpu)?.reshape((1, 2, 12))?;
@@ -400,9 +410,23 @@ mod tests {
         Ok(())
     }
 
+    /// PyTorch 2.15 repeats the first of a column's positions on a CPU, so this one grid is not compared with it.
+    #[test]
+    fn positions_of_a_column_are_those_of_the_transposed_row() -> Result<()> {
+        for interpolation in ALL {
+            let table = Tensor::arange(0f32, 16., &Device::Cpu)?.sqr()?.reshape((4, 4))?;
+            let at = |table: Tensor, grid| Positions { table, grid: (4, 4), interpolation }.at(grid)?.flatten_all();
+            let column = at(table.reshape((16, 1))?, (7, 1))?.to_vec1::<f32>()?;
+            let row = at(table.t()?.reshape((16, 1))?, (1, 7))?.to_vec1::<f32>()?;
+            assert!(column.iter().zip(&row).all(|(a, b)| (a - b).abs() < 1e-4), "{column:?} {row:?}");
+            assert!(column.is_sorted_by(|a, b| a < b), "{column:?}");
+        }
+        Ok(())
+    }
+
     #[test]
     fn weights_of_a_row_sum_to_one() {
-        for interpolation in [Interpolation::Bicubic, Interpolation::Antialiased] {
+        for interpolation in ALL {
             for (output, input) in [(1, 4), (7, 3), (16, 24), (3, 1)] {
                 for row in interpolation.weights(output, input).chunks_exact(input) {
                     assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
