@@ -332,7 +332,16 @@ pub fn unpatchify(patches: &Tensor, (h, w): (usize, usize), p: usize) -> Result<
 /// The grid (h, w) that patches of side `p` make of `height` × `width` pixels.
 pub fn grid(height: usize, width: usize, p: usize) -> Result<(usize, usize)> {
     if p == 0 || height == 0 || width == 0 || !height.is_multiple_of(p) || !width.is_multiple_of(p) {
-        candle_core::bail!("an image of {height}×{width} pixels does not divide into patches of {p}×{p}");
+        let near = |side: usize| match side / p.max(1) * p {
+            below if below == side || below == 0 => vec![side.max(1).next_multiple_of(p.max(1))],
+            below => vec![below, below + p],
+        };
+        let sizes: Vec<_> =
+            near(height).iter().flat_map(|h| near(width).into_iter().map(move |w| format!("{h}×{w}"))).collect();
+        candle_core::bail!(
+            "an image of {height}×{width} pixels does not divide into patches of {p}×{p}; the nearest sizes that do: {}",
+            sizes.join(", ")
+        );
     }
     Ok((height / p, width / p))
 }

@@ -153,6 +153,17 @@ impl Preprocessor {
         prepared.map_err(|reason| ErrorKind::Resize { size: self.size, mode: self.resize_mode, reason })
     }
 
+    /// The view that [`prepare`](Self::prepare) takes of an image, brought to exactly `size` (height, width): what a
+    /// reconstruction of another size is compared with, where the decoder's patch is not the encoder's.
+    pub fn prepare_at(&self, image: &Rgb, size: (usize, usize)) -> Result<Rgb, ErrorKind> {
+        let squash = Self { size, resize_mode: ResizeMode::Squash, do_resize: true, ..self.clone() };
+        match self.resize_mode {
+            _ if !self.do_resize => squash.prepare(&self.prepare(image)?),
+            ResizeMode::Naflex => squash.prepare(image),
+            _ => self.at(size).prepare(image),
+        }
+    }
+
     /// `((x − mean / factor) / (std / factor))` in `f32`: transformers folds the rescaling into mean and std, and the
     /// order of its operations is kept here.
     ///
