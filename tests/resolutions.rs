@@ -76,6 +76,25 @@ fn photos_of_several_aspect_ratios_go_to_codes_of_several_grids_and_back() {
 }
 
 #[test]
+fn a_model_of_many_grids_is_trained_on_square_crops() {
+    let bench = naflex();
+    let config = r#"
+        start = { from = "folder", path = "naflex" }
+        train = { steps = 2, batch_size = 2, warmup_steps = 1 }
+        [groups]
+        encoder = { peak = 0.0, end = 0.0 }
+        quantizer = { peak = 4e-4, end = 1e-4 }
+        decoder = { peak = 4e-4, end = 1e-4 }
+    "#;
+    bench.write("train.toml", config.as_bytes());
+    bench.run("train --config train.toml --data photos --val photos --output-dir run").exits(0);
+    assert!(bench.bytes("run/model/preprocessor_config.json") == bench.bytes("naflex/preprocessor_config.json"));
+    bench.run("tokenize photos -o out --model run/model").exits(0);
+    let codes = Codes::read(bench.path("out/codes/2.png.safetensors")).expect("codes");
+    assert!(codes.w > 2 * codes.h, "{}x{}", codes.h, codes.w);
+}
+
+#[test]
 fn a_model_of_many_grids_says_so() {
     let bench = naflex();
     let written: Value = serde_json::from_slice(&bench.bytes("naflex/preprocessor_config.json")).expect("JSON");

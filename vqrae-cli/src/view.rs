@@ -36,10 +36,9 @@ impl ImageArgs {
         let encoder = &model.config().encoder;
         let patches = (encoder.patch(), model.config().decoder.sizes(encoder).patch);
         let mut own = model.preprocessor().clone();
-        own.resize_mode = self.resize_mode.unwrap_or(own.resize_mode);
         own.resample = self.resample.map_or(own.resample, Resample::from);
-        if own.resize_mode == ResizeMode::Naflex && own.naflex.is_none() {
-            own.naflex = Some(Naflex::of(own.size, patches.0));
+        if let Some(mode) = self.resize_mode {
+            own = own.by(mode, patches.0);
         }
         if let (ResizeMode::Naflex, Some(Naflex { patch_size: p, .. })) = (own.resize_mode, own.naflex) {
             model.grid_of(p, p).context("the preprocessor's patch_size does not suit this model")?;

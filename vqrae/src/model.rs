@@ -434,7 +434,7 @@ pub struct InitReport {
     pub fresh: usize,
 }
 
-/// Makes a new VQRAE of a pretrained encoder: a folder of SigLIP, fixed-size SigLIP2, DINOv2, InternViT or MAE.
+/// Makes a new VQRAE of a pretrained encoder: a folder of SigLIP, SigLIP2, DINOv2, InternViT or MAE.
 ///
 /// `config_file` is JSON with the sections `quantizer` and `decoder` of [`Config`] and, if wished, an `encoder` section
 /// with `features` and `backend`; the encoder's sizes come from its own folder. The preprocessor is the encoder's.

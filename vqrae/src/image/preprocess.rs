@@ -121,6 +121,17 @@ impl Preprocessor {
         config
     }
 
+    /// The same by another mode. Naflex gets a budget, if there is none, of as many patches of side `patch` as the size
+    /// holds.
+    #[must_use]
+    pub fn by(self, resize_mode: ResizeMode, patch: usize) -> Self {
+        let naflex = match resize_mode {
+            ResizeMode::Naflex => Some(self.naflex.unwrap_or_else(|| Naflex::of(self.size, patch))),
+            _ => self.naflex,
+        };
+        Self { resize_mode, naflex, ..self }
+    }
+
     /// The same view of an image at another size (height, width): what center-crop cuts from grows with it, and naflex's
     /// budget becomes as many patches as the size holds.
     #[must_use]
