@@ -3,7 +3,7 @@
 //! Tensor names are those of Hugging Face's SigLIP (`layers.N.{layer_norm1,self_attn,layer_norm2,mlp}`), so a checkpoint
 //! of the hub loads as it is. Whether a parameter is trained is the [`VarBuilder`]'s matter, not this file's.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
@@ -253,14 +253,19 @@ impl Positions {
         }
         let (h0, w0) = self.grid;
         let width = self.table.dim(1)?;
-        let weights = |output: usize, input: usize| {
-            Tensor::from_vec(self.interpolation.weights(output, input), (output, input), self.table.device())?
-                .to_dtype(self.table.dtype())
+        // As transformers does: half precision would round the weights.
+        let table = match self.table.dtype() {
+            DType::BF16 | DType::F16 => self.table.to_dtype(DType::F32)?,
+            _ => self.table.clone(),
         };
-        let x = weights(h, h0)?.matmul(&self.table.reshape((h0, w0 * width))?)?; // [h,w0·D]
+        let weights = |output: usize, input: usize| {
+            Tensor::from_vec(self.interpolation.weights(output, input), (output, input), table.device())?
+                .to_dtype(table.dtype())
+        };
+        let x = weights(h, h0)?.matmul(&table.reshape((h0, w0 * width))?)?; // [h,w0·D]
         let x = x.reshape((h, w0, width))?.transpose(0, 1)?.reshape((w0, h * width))?;
         let x = weights(w, w0)?.matmul(&x)?.reshape((w, h, width))?; // [w,h,D]
-        x.transpose(0, 1)?.reshape((h * w, width))
+        x.transpose(0, 1)?.reshape((h * w, width))?.to_dtype(self.table.dtype())
     }
 }
 
