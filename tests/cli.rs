@@ -1,5 +1,7 @@
 //! The binary on temporary folders: what it writes, what it says, and how it ends.
 
+mod resolutions;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

@@ -75,7 +75,7 @@ pub struct InitReport {
     pub fresh: usize,
 }
 
-/// Makes a new VQRAE of a pretrained encoder: a folder of SigLIP, fixed-size SigLIP2, DINOv2, InternViT or MAE.
+/// Makes a new VQRAE of a pretrained encoder: a folder of SigLIP, SigLIP2, DINOv2, InternViT or MAE.
 ///
 /// `config_file` is TOML or JSON that holds [`Wishes`], or a [recipe](crate::train::Config) whose `[model]` section does;
 /// `overrides` such as `model.decoder.num_hidden_layers=2` replace single keys. The encoder's sizes come from its own

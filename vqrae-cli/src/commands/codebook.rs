@@ -166,7 +166,7 @@ impl Book {
         };
         let read = |input: &Input| self.read(input);
         let exit = each_batch(&inputs.files, Pace { workers, batch_size: 64 }, &mut progress, read, compute, write)?;
-        let (_, skipped) = progress.finish(None);
+        let (_, skipped) = progress.finish(report::Quality::default());
         if files == 0 && exit == Exit::Success {
             bail!("none of {total} code file(s) could be read; see {}", output.join("errors.jsonl").display());
         }

@@ -4,23 +4,24 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use vqrae::image::Preprocessor;
 use vqrae::latent::Statistics;
 use vqrae::{DType, Error, Tensor, Vqrae, codes};
 
 use super::{RUN_AGAIN, begin, finish};
-use crate::load::{Loaded, Pace, each_batch, load, stack};
-use crate::output::{IfExists, Origin, Output, preprocessing, split_done};
-use crate::plan::{FileArgs, ImageArgs, Input, Kind, ModelArgs};
-use crate::report::Exit;
+use crate::load::{Loaded, Pace, each_alike, each_batch, load, stack};
+use crate::output::{IfExists, Origin, Output, split_done};
+use crate::plan::{FileArgs, Input, Kind, ModelArgs};
+use crate::report::{Exit, Progress, Quality};
+use crate::view::{ImageArgs, View};
 
 /// Write the encoder's continuous features of images
 ///
-/// Writes OUT/features/<path>.safetensors with one tensor "features", f32 [N, D], N tokens in raster order; the header
-/// says grid, model, source and preprocessing. Run again, it goes on where it stopped.
+/// Writes OUT/features/<path>.safetensors (at several resolutions <path>@256x256.safetensors and so on) with one tensor
+/// "features", f32 [N, D], N tokens in raster order; the header says grid, model, source and preprocessing. Run again, it
+/// goes on where it stopped.
 ///
 /// With --statistics, one file of the features' mean and variance over all images, f32: channel.mean and channel.var [D],
-/// position.mean and position.var [h*w, D]. They are counted in binary64, an image after the other, so batch and threads
+/// position.mean and position.var [h*w, D] where all images have one grid. They are counted in binary64, an image after the other, so batch and threads
 /// do not change them; init --latent-statistics puts them into a model.
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
@@ -46,13 +47,14 @@ pub(crate) struct Args {
 const EXAMPLES: &str = "\
 Examples:
   vqrae-cli features photos -o out
+  vqrae-cli features photos -o out --resolution 224,448
   vqrae-cli features photos -o out --dtype bf16 --device cuda --batch-size 64
   vqrae-cli features photos --statistics stats.safetensors --model my-model";
 
 /// The checked plan, with everything opened.
 struct Job {
     model: Vqrae,
-    preprocessor: Preprocessor,
+    views: Vec<View>,
     pace: Pace,
 }
 
@@ -68,22 +70,22 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
 fn write(args: &Args, folder: &Path) -> Result<Exit> {
     let inputs = args.files.find(Kind::Images, folder)?;
     let job = Job::open(args)?;
-    let output = Output::open(folder, &job.model, &job.preprocessor, args.if_exists)?;
-    let path = |input: &Input| output.path("features", &input.relative, "safetensors");
+    let output = Output::open(folder, &job.model, &job.views, args.if_exists)?;
+    let path = |input: &Input, view: &View| output.path("features", input, view, "safetensors");
+    let is_done = |input: &Input| {
+        job.views.iter().try_fold(true, |done, view| Ok(done && output.has(&path(input, view), view, origin)?))
+    };
 
-    let (left, resumed) = split_done(inputs.files, |input| output.has(&path(input), origin))?;
+    let (left, resumed) = split_done(inputs.files, is_done)?;
     let mut progress = begin(&args.files, folder.join("errors.jsonl"), left.len(), resumed, &inputs.unreadable)?;
-    let limits = args.images.limits();
-    let read = |input: &Input| load(input, &job.preprocessor, &limits);
-    let compute = |batch: &[(&Input, Loaded)]| job.compute(batch);
-    let write = |batch: &[(&Input, Loaded)], features: Tensor| {
-        for (i, (input, _)) in batch.iter().enumerate() {
-            codes::write_whole(path(input), &job.file(&features.get(i)?, input, output.origin())?)?;
+    let write = |batch: &[(&Input, Vec<Loaded>)], features: Vec<Tensor>| {
+        for ((input, view, loaded), features) in job.images(batch).zip(features) {
+            codes::write_whole(path(input, view), &job.file(&features, input, output.origin(view), loaded.size)?)?;
         }
         Ok(())
     };
-    let exit = each_batch(&left, job.pace, &mut progress, read, compute, write)?;
-    finish(progress, exit, None, RUN_AGAIN)
+    let exit = job.each(args, &left, &mut progress, write)?;
+    finish(progress, exit, Quality::default(), RUN_AGAIN)
 }
 
 /// Writes mean and variance of the features of all images.
@@ -96,56 +98,84 @@ fn count(args: &Args, file: &Path) -> Result<Exit> {
     errors.push(".errors.jsonl");
 
     let mut progress = begin(&args.files, errors.into(), inputs.files.len(), 0, &inputs.unreadable)?;
-    let limits = args.images.limits();
-    let grid = job.grid()?;
     let mut statistics = Statistics::new(job.model.config().encoder.width());
-    let read = |input: &Input| load(input, &job.preprocessor, &limits);
-    let compute = |batch: &[(&Input, Loaded)]| job.compute(batch);
-    let add = |batch: &[(&Input, Loaded)], features: Tensor| {
-        for (i, (input, _)) in batch.iter().enumerate() {
-            let features = features.get(i)?.flatten_all()?.to_vec1::<f32>()?;
+    let add = |batch: &[(&Input, Vec<Loaded>)], features: Vec<Tensor>| {
+        for ((input, _, loaded), features) in job.images(batch).zip(features) {
+            let grid = job.model.grid_of(loaded.size.0, loaded.size.1)?;
+            let features = features.flatten_all()?.to_vec1::<f32>()?;
             statistics.add(&features, grid).with_context(|| input.path.display().to_string())?;
         }
         Ok(())
     };
-    let exit = each_batch(&inputs.files, job.pace, &mut progress, read, compute, add)?;
+    let exit = job.each(args, &inputs.files, &mut progress, add)?;
     if exit != Exit::Interrupted {
-        let record = BTreeMap::from([
-            ("model_id", job.model.id().to_string()),
+        let Origin { model_id, preprocessing, dtype } = Origin::new(&job.model, &job.views);
+        let mut record = BTreeMap::from([
+            ("model_id", model_id),
             ("features", job.model.config().encoder.features().to_string()),
-            ("preprocessing", preprocessing(&job.preprocessor)),
-            ("dtype", job.model.precision().to_string()),
+            ("preprocessing", preprocessing),
+            ("dtype", dtype),
             ("images", statistics.images().to_string()),
-            ("h", grid.0.to_string()),
-            ("w", grid.1.to_string()),
         ]);
+        if let Some((h, w)) = statistics.grid() {
+            record.extend([("h", h.to_string()), ("w", w.to_string())]);
+        }
         statistics.write(file, &record).with_context(|| file.display().to_string())?;
     }
-    finish(progress, exit, None, "no statistics were written; run the same command again")
+    finish(progress, exit, Quality::default(), "no statistics were written; run the same command again")
 }
 
 impl Job {
     fn open(args: &Args) -> Result<Self> {
         let model = args.model.open()?;
-        let preprocessor = args.images.preprocessor(&model)?;
-        Ok(Self { model, preprocessor, pace: args.files.pace() })
+        let views = args.images.views(&model)?;
+        Ok(Self { model, views, pace: args.files.pace() })
     }
 
-    fn grid(&self) -> Result<(usize, usize)> {
-        Ok(self.model.grid_of(self.preprocessor.size.0, self.preprocessor.size.1)?)
+    /// Hands the features of all images to `write`, in the order of the files.
+    fn each(
+        &self,
+        args: &Args,
+        inputs: &[Input],
+        progress: &mut Progress,
+        write: impl FnMut(&[(&Input, Vec<Loaded>)], Vec<Tensor>) -> Result<()> + Send,
+    ) -> Result<Exit> {
+        let limits = args.images.limits();
+        let read = |input: &Input| load(input, &self.views, &limits);
+        each_batch(inputs, self.pace, progress, read, |batch| self.compute(batch), write)
     }
 
-    /// The features f32 `[B, N, D]` of one batch.
-    fn compute(&self, batch: &[(&Input, Loaded)]) -> Result<Tensor> {
-        let pixels = stack(batch.iter().map(|(_, loaded)| loaded), &self.model, self.pace)?;
-        Ok(self.model.encode(&pixels)?.to_dtype(DType::F32)?)
+    /// The images of a batch, every view of each.
+    fn images<'a>(
+        &'a self,
+        batch: &'a [(&Input, Vec<Loaded>)],
+    ) -> impl Iterator<Item = (&'a Input, &'a View, &'a Loaded)> {
+        let views = |(input, loaded): &'a (&Input, Vec<Loaded>)| {
+            self.views.iter().zip(loaded).map(move |(view, loaded)| (*input, view, loaded))
+        };
+        batch.iter().flat_map(views)
     }
 
-    /// The bytes of one file, from the features `[N, D]` of one image.
-    fn file(&self, features: &Tensor, input: &Input, origin: &Origin) -> Result<Vec<u8>> {
+    /// The features f32 `[N, D]` of each image and each view of it.
+    fn compute(&self, batch: &[(&Input, Vec<Loaded>)]) -> Result<Vec<Tensor>> {
+        let images: Vec<&Loaded> = batch.iter().flat_map(|(_, views)| views).collect();
+        each_alike(
+            &images,
+            self.pace.batch_size,
+            |image| image.size,
+            |alike| {
+                let pixels = stack(alike.iter().map(|image| **image), &self.model, self.pace)?;
+                let features = self.model.encode(&pixels)?.to_dtype(DType::F32)?;
+                (0..alike.len()).map(|i| Ok(features.get(i)?)).collect()
+            },
+        )
+    }
+
+    /// The bytes of one file, from the features `[N, D]` of an image of a size.
+    fn file(&self, features: &Tensor, input: &Input, origin: Origin, size: (usize, usize)) -> Result<Vec<u8>> {
         let data: Vec<u8> = features.flatten_all()?.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes).collect();
-        let (h, w) = self.grid()?;
-        let Origin { model_id, preprocessing, dtype } = origin.clone();
+        let (h, w) = self.model.grid_of(size.0, size.1)?;
+        let Origin { model_id, preprocessing, dtype } = origin;
         let entries = [
             ("model_id", model_id),
             ("preprocessing", preprocessing),

@@ -19,7 +19,7 @@ use vqrae::{DType, Device, Tensor};
 
 use crate::load::catch_interrupts;
 use crate::plan::{FileArgs, Input, InputArgs};
-use crate::report::{Exit, Progress};
+use crate::report::{Exit, Progress, Quality};
 use crate::{output, report, sheet};
 
 /// What to say after Ctrl-C where finished files are kept.
@@ -48,11 +48,11 @@ fn begin(
 }
 
 /// Ends a run: the summary goes to stdout, after Ctrl-C with the `next_step` on stderr.
-fn finish(progress: Progress, exit: Exit, psnr: Option<f64>, next_step: &str) -> Result<Exit> {
+fn finish(progress: Progress, exit: Exit, quality: Quality, next_step: &str) -> Result<Exit> {
     if exit == Exit::Interrupted {
         progress.interrupted(next_step);
     }
-    let (summary, skipped) = progress.finish(psnr);
+    let (summary, skipped) = progress.finish(quality);
     report::data(&summary.line()?);
     Ok(exit.merge(skipped))
 }
@@ -74,11 +74,6 @@ fn to_images(decoded: &Tensor, preprocessor: &Preprocessor) -> Result<Vec<Rgb>> 
     let decoded = decoded.to_dtype(DType::F32)?;
     let image = |i: usize| Ok(preprocessor.denormalize_to_rgb(&decoded.get(i)?.flatten_all()?.to_vec1()?, h, w));
     (0..b).map(image).collect()
-}
-
-/// The original, brought to its reconstruction's size where the decoder's differs from the encoder's.
-fn beside(original: &Rgb, reconstruction: &Rgb, preprocessor: &Preprocessor) -> Result<Rgb> {
-    resized(original, (reconstruction.height, reconstruction.width), preprocessor)
 }
 
 /// An image of `size` (rows, columns), with the model's resampling filter.

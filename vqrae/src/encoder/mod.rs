@@ -4,6 +4,7 @@ mod dinov2;
 mod features;
 mod internvit;
 mod mae;
+mod naflex;
 mod siglip;
 mod tower;
 
@@ -11,6 +12,7 @@ pub use dinov2::Dinov2Config;
 pub use features::{By, Features, Fuse};
 pub use internvit::InternVitConfig;
 pub use mae::MaeConfig;
+pub use naflex::NaflexConfig;
 pub use siglip::{Backend, SiglipConfig, Stock};
 pub(crate) use tower::Surroundings;
 pub use tower::{Layout, Tower};
@@ -26,6 +28,9 @@ pub enum Config {
     /// SigLIP, and SigLIP2 of a fixed image size.
     #[serde(rename = "siglip_vision_model")]
     Siglip(SiglipConfig),
+    /// SigLIP2 NaFlex: images of any aspect ratio.
+    #[serde(rename = "siglip2_vision_model")]
+    Naflex(NaflexConfig),
     /// DINOv2, with or without registers.
     #[serde(rename = "dinov2", alias = "dinov2_with_registers")]
     Dinov2(Dinov2Config),
@@ -42,6 +47,7 @@ impl Config {
     pub fn layout(&self) -> Layout {
         match self {
             Self::Siglip(config) => config.layout(),
+            Self::Naflex(config) => config.layout(),
             Self::Dinov2(config) => config.layout(),
             Self::InternVit(config) => config.layout(),
             Self::Mae(config) => config.layout(),
@@ -52,6 +58,7 @@ impl Config {
     pub fn image_size(&self) -> usize {
         match self {
             Self::Siglip(config) => config.image_size,
+            Self::Naflex(config) => config.image_size(),
             Self::Dinov2(config) => config.image_size,
             Self::InternVit(config) => config.image_size[0].max(config.image_size[1]),
             Self::Mae(config) => config.image_size,
@@ -62,6 +69,7 @@ impl Config {
     pub fn features_mut(&mut self) -> &mut Features {
         match self {
             Self::Siglip(config) => &mut config.features,
+            Self::Naflex(config) => &mut config.features,
             Self::Dinov2(config) => &mut config.features,
             Self::InternVit(config) => &mut config.features,
             Self::Mae(config) => &mut config.features,
@@ -102,6 +110,7 @@ impl Config {
     pub fn check(&self) -> std::result::Result<(), String> {
         match self {
             Self::Siglip(config) => config.check(),
+            Self::Naflex(config) => config.check(),
             Self::Dinov2(config) => config.check(),
             Self::InternVit(config) => config.check(),
             Self::Mae(config) => config.check(),

@@ -90,6 +90,11 @@ impl Statistics {
         self.images
     }
 
+    /// The grid (h, w) of all images, if they had one.
+    pub fn grid(&self) -> Option<(usize, usize)> {
+        self.position.as_ref().map(|(grid, _)| *grid)
+    }
+
     /// `channel.mean` and `channel.var` `[D]` and, where all images had one grid, `position.mean` and `position.var`
     /// `[h·w, D]`, all f32.
     ///

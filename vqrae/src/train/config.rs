@@ -215,7 +215,7 @@ impl Config {
     ) -> Result<(model::Config, Preprocessor, Tensors)> {
         let config = self.model.config();
         let mut preprocessor = Preprocessor::siglip(self.model.encoder.image_size(), Resample::Bicubic);
-        preprocessor.resize_mode = self.train.resize_mode;
+        preprocessor = preprocessor.by(self.train.resize_mode, self.model.encoder.patch());
         if let Start::Folder { path } = &self.start {
             if Model::of_folder(path)? != self.model {
                 return Err(Error::config(path, "its config.json differs from the run's [model] section"));
