@@ -6,6 +6,7 @@
 pub mod checkpoint;
 mod config;
 pub mod data;
+pub mod gan;
 pub mod loss;
 pub mod optimizer;
 pub mod schedule;

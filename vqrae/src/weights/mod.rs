@@ -85,6 +85,11 @@ pub fn encoder(folder: &Path) -> Result<(encoder::Config, Tensors)> {
     Ok((config, tensors))
 }
 
+/// A vision tower's tensors under our names (`embeddings.…`, `layers.N.…`, `post_layernorm.…`), whoever named them.
+pub(crate) fn tower(tensors: Tensors, layout: &encoder::Layout) -> candle_core::Result<Tensors> {
+    names::of_tower(tensors, layout)
+}
+
 fn encoder_config(path: &Path) -> Result<encoder::Config> {
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
     let mut json: Value = serde_json::from_str(&text).map_err(|e| Error::config(path, e))?;
