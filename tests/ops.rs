@@ -1,10 +1,10 @@
 //! Every fused op against its plain sibling in f64: values and gradients, in shapes that fill no block evenly.
 
 use candle_core::{Result, Var};
-use vqrae::ops::{self, composed};
+use vqrae::ops::{self, Window, composed};
 use vqrae::{DType, Tensor};
 
-use crate::compare::{PARITY, Tolerance, assert_close, noise, say};
+use crate::compare::{PARITY, Tolerance, assert_close, assert_same_bits, noise, say};
 
 const CLOSE: Tolerance = Tolerance { relative: 1e-5, absolute: 1e-6 };
 
@@ -58,6 +58,66 @@ fn linear_takes_a_transposed_input() {
         |x| ops::linear(&x[0].transpose(1, 2)?, &x[1], &x[2]),
         |x| composed::linear(&x[0].transpose(1, 2)?, &x[1], &x[2]),
     );
+}
+
+#[test]
+fn conv2d_equals_its_plain_sibling() {
+    // x, weight, stride, padding: one and several pieces, one and several blocks of channels, every way back.
+    for (x, weight, stride, padding) in [
+        ([1, 1, 1, 1], [1, 1, 1, 1], 1, 0),
+        ([2, 3, 7, 9], [5, 3, 3, 3], 1, 1),
+        ([2, 60, 40, 30], [6, 60, 3, 3], 1, 1),
+        ([1, 2, 6, 5], [3, 2, 5, 5], 1, 2),
+        ([2, 7, 30, 31], [4, 7, 1, 1], 1, 0),
+        ([1, 3, 6, 6], [2, 3, 1, 1], 1, 1),
+        ([2, 3, 35, 35], [5, 3, 11, 11], 4, 2),
+        ([2, 5, 12, 12], [6, 5, 4, 4], 4, 0),
+        ([1, 4, 9, 9], [3, 4, 2, 2], 2, 0),
+        ([1, 3, 8, 8], [2, 3, 4, 4], 2, 1),
+        ([1, 2, 3, 600], [2, 2, 3, 3], 1, 1),
+    ] {
+        let inputs = [("x", noise("x", &x)), ("weight", noise("w", &weight)), ("bias", noise("b", &weight[..1]))];
+        let window = Window { stride, padding };
+        assert_siblings(
+            &format!("conv2d {x:?} by {weight:?}, {window:?}"),
+            &inputs,
+            |x| ops::conv2d(&x[0], &x[1], Some(&x[2]), window),
+            |x| composed::conv2d(&x[0], &x[1], Some(&x[2]), window),
+        );
+    }
+}
+
+#[test]
+fn conv2d_gives_an_image_the_same_bits_alone_and_in_a_batch() {
+    let (x, weight) = (noise("x", &[3, 20, 33, 29]), noise("w", &[9, 20, 3, 3]));
+    for (stride, padding) in [(1, 1), (2, 1)] {
+        let run = |x: &Tensor| {
+            let x = Var::from_tensor(x).unwrap();
+            let out = ops::conv2d(&x, &weight, None, Window { stride, padding }).unwrap();
+            let grads = out.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            (out, grads.get(&x).unwrap().clone())
+        };
+        let (out, grad) = run(&x);
+        for i in 0..3 {
+            let (alone, alone_grad) = run(&x.narrow(0, i, 1).unwrap());
+            assert_same_bits("output", &out.narrow(0, i, 1).unwrap(), &alone);
+            assert_same_bits("gradient", &grad.narrow(0, i, 1).unwrap(), &alone_grad);
+        }
+    }
+}
+
+#[test]
+fn max_pool2d_equals_its_plain_sibling() {
+    for (shape, kernel, stride) in
+        [([1, 1, 1, 1], 1, 1), ([2, 3, 8, 6], 2, 2), ([2, 3, 9, 7], 2, 2), ([1, 2, 13, 12], 3, 2), ([1, 2, 5, 5], 3, 1)]
+    {
+        assert_siblings(
+            &format!("max_pool2d {shape:?}, {kernel} pixels at a stride of {stride}"),
+            &[("x", noise("x", &shape))],
+            |x| ops::max_pool2d(&x[0], kernel, stride),
+            |x| composed::max_pool2d(&x[0], kernel, stride),
+        );
+    }
 }
 
 #[test]
@@ -125,6 +185,7 @@ fn attention_survives_scores_that_overflow_exp() {
 #[test]
 fn ops_refuse_shapes_that_do_not_fit() {
     let x = noise("x", &[2, 4, 6]);
+    let image = noise("image", &[1, 3, 5, 5]);
     let refused = [
         ops::linear(&x, &noise("w", &[3, 5]), &noise("b", &[3])),
         ops::linear(&x, &noise("w", &[3, 6]), &noise("b", &[4])),
@@ -133,6 +194,13 @@ fn ops_refuse_shapes_that_do_not_fit() {
         ops::attention(&x, &x, &x, 4),
         ops::attention(&x, &x, &x, 0),
         ops::attention(&x, &noise("k", &[2, 5, 6]), &x, 2),
+        ops::conv2d(&image, &noise("w", &[2, 4, 3, 3]), None, Window::default()),
+        ops::conv2d(&image, &noise("w", &[2, 3, 6, 6]), None, Window::default()),
+        ops::conv2d(&image, &noise("w", &[2, 3, 3, 3]), Some(&noise("b", &[3])), Window::default()),
+        ops::conv2d(&image, &noise("w", &[2, 3, 3, 3]), None, Window { stride: 0, padding: 1 }),
+        ops::max_pool2d(&image, 6, 1),
+        ops::max_pool2d(&image, 0, 1),
+        ops::max_pool2d(&image, 2, 0),
     ];
     for (i, result) in refused.into_iter().enumerate() {
         assert!(result.is_err(), "case {i} was accepted");
