@@ -5,6 +5,7 @@ mod compare;
 mod encoders;
 mod features;
 mod folders;
+mod gan;
 mod gradients;
 mod image;
 mod inference;

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
-use super::layers::{leaky_relu, standardize, uniform};
+use super::layers::{leaky_relu, standardize};
 use super::resample::resize;
 use crate::encoder::{Features, Layout, Tower};
 use crate::error::{self, Error};
@@ -158,7 +158,8 @@ const RIGHT: &str = "weight_v";
 
 impl SpectralConvolution {
     fn load(vb: VarBuilder, from: usize, to: usize, size: usize) -> Result<Self> {
-        let (init, normal) = (uniform(from * size), Init::Randn { mean: 0.0, stdev: 1.0 });
+        let bound = 1.0 / ((from * size) as f64).sqrt();
+        let (init, normal) = (Init::Uniform { lo: -bound, up: bound }, Init::Randn { mean: 0.0, stdev: 1.0 });
         Ok(Self {
             weight: vb.get_with_hints((to, from, size), WEIGHT, init)?,
             bias: vb.get_with_hints(to, "bias", init)?,

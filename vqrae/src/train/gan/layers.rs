@@ -1,9 +1,9 @@
 //! What the discriminators are made of besides the library's own operations.
 
 use candle_core::{DType, Result, Tensor};
-use candle_nn::{Init, VarBuilder};
+use candle_nn::VarBuilder;
 
-use crate::ops;
+use crate::ops::{self, Conv2d, Window};
 
 /// Leaky ReLU: `x` where it is positive, `slope · x` elsewhere.
 pub(super) fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
@@ -17,32 +17,9 @@ pub(super) fn standardize(x: &Tensor, eps: f64) -> Result<Tensor> {
     ops::layer_norm(x, &one, &zero, eps)
 }
 
-/// What PyTorch draws fresh weights and biases of a convolution from: U(−1/√n, 1/√n), n the inputs of an output.
-pub(super) fn uniform(inputs: usize) -> Init {
-    let bound = 1.0 / (inputs as f64).sqrt();
-    Init::Uniform { lo: -bound, up: bound }
-}
-
-/// A convolution of odd size that keeps height and width, zeros beyond the edges.
-#[derive(Debug, Clone)]
-pub(super) struct Convolution {
-    weight: Tensor,
-    bias: Tensor,
-}
-
-impl Convolution {
-    /// Loads `weight` `[to, from, size, size]` and `bias` `[to]`.
-    pub(super) fn load(vb: VarBuilder, from: usize, to: usize, size: usize) -> Result<Self> {
-        let init = uniform(from * size * size);
-        let weight = vb.get_with_hints((to, from, size, size), "weight", init)?;
-        Ok(Self { weight, bias: vb.get_with_hints(to, "bias", init)? })
-    }
-
-    /// `[B, from, H, W]` to `[B, to, H, W]`.
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (to, _, size, _) = self.weight.dims4()?;
-        x.conv2d(&self.weight, size / 2, 1, 1, 1)?.broadcast_add(&self.bias.reshape((1, to, 1, 1))?)
-    }
+/// A convolution of odd size that keeps height and width, zeros beyond the edges; fresh as PyTorch's.
+pub(super) fn convolution(vb: VarBuilder, from: usize, to: usize, size: usize) -> Result<Conv2d> {
+    Conv2d::load(vb, from, to, size, Window { stride: 1, padding: size / 2 })
 }
 
 /// Group normalisation (Wu & He, arXiv 1803.08494).

@@ -4,8 +4,9 @@ use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
-use super::layers::{Convolution, GroupNorm, adaptive_max_pool, leaky_relu};
+use super::layers::{GroupNorm, adaptive_max_pool, convolution, leaky_relu};
 use super::resample::blur;
+use crate::ops::Conv2d;
 
 /// Its sizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,27 +45,27 @@ impl Config {
 /// The discriminator with its weights, by TiTok's names.
 #[derive(Debug, Clone)]
 pub struct NLayer {
-    first: Convolution,
-    blocks: Vec<(Convolution, GroupNorm)>,
-    logits: (Convolution, Convolution),
+    first: Conv2d,
+    blocks: Vec<(Conv2d, GroupNorm)>,
+    logits: (Conv2d, Conv2d),
 }
 
 impl NLayer {
     /// Loads `block_in`, `blocks.N` and `to_logits`.
     pub fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
         let mut width = config.width;
-        let first = Convolution::load(vb.pp("block_in.0"), 3, width, 5)?;
+        let first = convolution(vb.pp("block_in.0"), 3, width, 5)?;
         let mut blocks = Vec::new();
         for stage in 0..config.stages {
             let (from, vb) = (width, vb.pp("blocks").pp(stage));
             width = config.width << stage;
             blocks.push((
-                Convolution::load(vb.pp(0), from, width, 3)?,
+                convolution(vb.pp(0), from, width, 3)?,
                 GroupNorm::load(vb.pp(2), width, GROUPS)?,
             ));
         }
         let vb = vb.pp("to_logits");
-        let logits = (Convolution::load(vb.pp(0), width, width, 1)?, Convolution::load(vb.pp(2), width, 1, 5)?);
+        let logits = (convolution(vb.pp(0), width, width, 1)?, convolution(vb.pp(2), width, 1, 5)?);
         Ok(Self { first, blocks, logits })
     }
 
