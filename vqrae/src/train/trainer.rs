@@ -144,8 +144,15 @@ impl<'a> Trainer<'a> {
             ),
             format!("trained {} (weight decay on {decayed}), frozen {frozen}", decayed + spared),
         ];
-        for line in &lines {
-            let _ = tell(Event::Note(line));
+        let encoder = &self.config.model.encoder;
+        let grids = self.buckets.iter().map(|sizes| (sizes.input.0 / encoder.patch(), sizes.input.1 / encoder.patch()));
+        let other = grids.filter(|grid| *grid != encoder.grid());
+        let interpolated = other.map(|(h, w)| {
+            let (h0, w0) = encoder.grid();
+            format!("the encoder's positions, made for {h0}x{w0} patches, are interpolated to {h}x{w}")
+        });
+        for line in lines.into_iter().chain(interpolated) {
+            let _ = tell(Event::Note(&line));
         }
     }
 
