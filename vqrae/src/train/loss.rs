@@ -1,8 +1,11 @@
-//! What training minimises in stage 1: the squared error of the pixels and the quantizer's own loss
-//! (VQRAE, arXiv 2511.23386, §3.3; MODEL.md tells where its formulas and its tables disagree).
+//! What training minimises: terms by name, each a mean over the batch, and their weighted sum (VQRAE, arXiv 2511.23386,
+//! §3.3; in its stage 2 a distillation joins them, see [`stage`](super::stage)).
 
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
+
+use super::stage::Target;
+use crate::quantizer::{Quantized, Quantizer};
 
 /// The weights of the terms.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -20,22 +23,62 @@ impl Default for Weights {
     }
 }
 
+/// What the terms are computed of: one batch, or one part of it where gradients are accumulated.
+#[derive(Debug)]
+pub struct Seen<'a> {
+    /// The pixels to paint, normalised, `[B, 3, H', W']`.
+    pub pixels: &'a Tensor,
+    /// What was painted, in the same range and shape.
+    pub painted: &'a Tensor,
+    /// The encoder's output `[B, N, D]`, two states side by side where features are fused of them.
+    pub states: &'a Tensor,
+    /// The features that were quantised, `[B, N, D]`.
+    pub features: &'a Tensor,
+    /// What quantising them gave.
+    pub quantized: &'a Quantized,
+    /// What has quantised them.
+    pub quantizer: &'a Quantizer,
+    /// The frozen teacher's output for the same pixels, in the shape of `states`.
+    pub teacher: Option<&'a Tensor>,
+}
+
+/// The losses of a run. Networks of their own (perceptual ones, a discriminator) belong here, each a term more.
+#[derive(Debug, Clone)]
+pub struct Losses {
+    weights: Weights,
+    /// What distillation compares, and its weight.
+    distillation: Option<(Target, f64)>,
+}
+
 /// The terms of one batch, each a scalar.
 #[derive(Debug, Clone)]
 pub struct Terms {
-    /// What is minimised.
+    /// What is minimised: the weighted sum.
     pub total: Tensor,
-    /// Mean squared error of the normalised pixels.
-    pub reconstruction: Tensor,
-    /// The quantizer's loss.
-    pub quantizer: Tensor,
+    /// Every term before its weight, by name; `reconstruction` is the mean squared error of the normalised pixels.
+    pub named: Vec<(&'static str, Tensor)>,
 }
 
-impl Terms {
-    /// The terms for pixels and their reconstruction, `[B, 3, H, W]` each, and the quantizer's loss.
-    pub fn new(weights: &Weights, pixels: &Tensor, painted: &Tensor, quantizer: Tensor) -> Result<Self> {
-        let reconstruction = (painted - pixels)?.sqr()?.mean_all()?;
-        let total = ((&reconstruction * weights.reconstruction)? + (&quantizer * weights.quantizer)?)?;
-        Ok(Self { total, reconstruction, quantizer })
+/// The name of the mean squared error of the pixels.
+pub(super) const RECONSTRUCTION: &str = "reconstruction";
+
+impl Losses {
+    /// With these weights, and a distillation if there is one.
+    pub fn new(weights: Weights, distillation: Option<(Target, f64)>) -> Self {
+        Self { weights, distillation }
+    }
+
+    /// The terms of what was seen.
+    pub fn terms(&self, seen: &Seen) -> Result<Terms> {
+        let reconstruction = (seen.painted - seen.pixels)?.sqr()?.mean_all()?;
+        let quantizer = seen.quantizer.loss(seen.quantized)?;
+        let mut total = ((&reconstruction * self.weights.reconstruction)? + (&quantizer * self.weights.quantizer)?)?;
+        let mut named = vec![(RECONSTRUCTION, reconstruction), ("quantizer", quantizer)];
+        if let Some((target, weight)) = self.distillation {
+            let term = target.compare(seen)?;
+            total = (total + (&term * weight)?)?;
+            named.push(("distillation", term));
+        }
+        Ok(Terms { total, named })
     }
 }

@@ -1,6 +1,8 @@
 //! Differentiable augmentation (Zhao et al., arXiv 2006.10738), the form of StyleGAN-T that RAE uses: what a discriminator
 //! sees is shifted, coloured and cut, and the generator's gradient passes through it.
 
+use std::ops::Range;
+
 use candle_core::{Result, Tensor};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
@@ -54,10 +56,17 @@ pub struct Draws {
 }
 
 impl Draws {
-    /// For a batch of `images`.
-    pub fn new(config: &Config, images: usize, random: &mut impl Rng) -> Self {
+    /// For these images of a batch; what one of them draws does not depend on which others are asked for.
+    pub fn new(config: &Config, images: Range<usize>, random: &mut impl Rng) -> Self {
         let which = std::array::from_fn(|_| random.random::<f64>() < config.probability);
-        Self { which, uniform: std::array::from_fn(|_| (0..images).map(|_| random.random()).collect()) }
+        let mut uniform: [Vec<f32>; 7] = Default::default();
+        for image in 0..images.end {
+            for values in &mut uniform {
+                let value: f32 = random.random();
+                values.extend((image >= images.start).then_some(value));
+            }
+        }
+        Self { which, uniform }
     }
 }
 
@@ -135,4 +144,19 @@ fn coloured(images: &Tensor, draws: &Draws) -> Result<Tensor> {
     };
     let x = around(&x, x.mean_keepdim(1)?, of(3, 2.0, 0.0)?)?;
     around(&x, x.mean_keepdim((1, 2, 3))?, of(4, 1.0, 0.5)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+
+    use super::*;
+
+    #[test]
+    fn parts_of_a_batch_draw_what_the_whole_one_does() {
+        let draw = |images| Draws::new(&Config::default(), images, &mut rand_chacha::ChaCha8Rng::seed_from_u64(7));
+        let (whole, part) = (draw(0..5), draw(3..5));
+        assert_eq!(whole.which, part.which);
+        assert!(whole.uniform.iter().zip(&part.uniform).all(|(whole, part)| whole[3..] == part[..]));
+    }
 }

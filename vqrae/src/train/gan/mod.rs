@@ -21,10 +21,9 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
-use serde::Serialize;
 
 use super::data;
-use super::optimizer::{self, AdamW};
+use super::optimizer::{self, AdamW, Gradients};
 use super::schedule::Rate;
 use crate::error::{Error, Result};
 use crate::weights::{Fresh, Tensors};
@@ -95,35 +94,19 @@ pub struct GeneratorTerm {
     pub weight: f64,
 }
 
-/// What the adversarial part tells of a step.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct Log {
-    /// The model's adversarial loss without its weight.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub generator_loss: Option<f64>,
-    /// Its weight, which `adaptive` changes from step to step.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub generator_weight: Option<f64>,
-    /// The discriminator's step.
-    #[serde(flatten)]
-    pub discriminator: Option<DiscriminatorLog>,
-}
-
 /// What a step of the discriminator tells.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DiscriminatorLog {
     /// What it minimises besides LeCam's term.
-    pub discriminator_loss: f64,
+    pub loss: f64,
     /// LeCam's term, weighted.
-    pub lecam_loss: f64,
+    pub lecam: f64,
     /// Mean logit of real images.
     pub logits_real: f64,
     /// Mean logit of painted ones.
     pub logits_fake: f64,
     /// Norm of its gradients before clipping.
-    pub discriminator_gradient_norm: f64,
-    /// Its learning rate.
-    pub discriminator_rate: f64,
+    pub gradient_norm: f64,
 }
 
 /// The adversarial part of a run: discriminator, its optimizer, its moving averages.
@@ -140,8 +123,11 @@ pub struct Gan {
     /// Over the same storage without gradients, for the model's term.
     judging: Discriminator,
     optimizer: AdamW,
+    /// Steps that the discriminator has learnt.
+    taken: usize,
 }
 
+const TAKEN: &str = "taken";
 const REAL: &str = "lecam.real";
 const FAKE: &str = "lecam.fake";
 
@@ -178,7 +164,7 @@ impl Gan {
         };
         let (learning, judging) = (load(|var| var.as_tensor().clone())?, load(Var::as_detached_tensor)?);
         let optimizer = AdamW::new(settings.optimizer, &parameters);
-        Ok(Self { config: config.clone(), settings, parameters, averages, learning, judging, optimizer })
+        Ok(Self { config: config.clone(), settings, parameters, averages, learning, judging, optimizer, taken: 0 })
     }
 
     /// How many numbers the discriminator learns.
@@ -188,7 +174,8 @@ impl Gan {
 
     /// What the model is to minimise besides its other losses at `step`; nothing before `generator_start`.
     ///
-    /// Where the weight is adaptive, `last_layer` is asked for; it is `None` where that layer is not trained.
+    /// Where the weight is adaptive, `last_layer` is asked for. `first` images of the step's batch stand before these, where
+    /// gradients are accumulated over parts of it; an adaptive weight is each part's own.
     ///
     /// # Shapes
     /// - painted: `[B, 3, H, W]`, normalised
@@ -196,6 +183,7 @@ impl Gan {
         &self,
         painted: &Tensor,
         step: usize,
+        first: usize,
         last_layer: impl FnOnce() -> Result<LastLayer<'a>>,
     ) -> Result<Option<GeneratorTerm>> {
         if step < self.config.generator_start || self.config.weight == 0.0 {
@@ -203,7 +191,7 @@ impl Gan {
         }
         // The discriminator's graph ends at the painted images and is given back before the model's own backward pass.
         let leaf = Var::from_tensor(&painted.detach())?;
-        let images = self.augmented(&self.signed(leaf.as_tensor())?, "augment generator", step)?;
+        let images = self.augmented(&self.signed(leaf.as_tensor())?, "augment generator", step, first)?;
         let loss = self.config.loss.generator(&self.judging.logits(&images)?)?;
         let gradient = loss.backward()?.remove(leaf.as_tensor()).ok_or_else(|| no_gradient("the painted images"))?;
         let mut weight = self.config.weight;
@@ -228,13 +216,15 @@ impl Gan {
     /// # Errors
     /// If the loss or its gradient is not finite; nothing has changed then but moving averages.
     pub fn discriminator_step(&mut self, real: &Tensor, fake: &Tensor, step: usize) -> Result<Option<DiscriminatorLog>> {
-        let Some(done) = step.checked_sub(self.config.discriminator_start) else { return Ok(None) };
+        if step < self.config.discriminator_start {
+            return Ok(None);
+        }
         let mut fake = self.signed(&fake.detach())?;
         if self.config.discriminator == Kind::Dino {
             fake = in_8_bits(&fake)?;
         }
-        let fake = self.augmented(&fake, "augment fake", step)?;
-        let real = self.augmented(&self.signed(&real.detach())?, "augment real", step)?;
+        let fake = self.augmented(&fake, "augment fake", step, 0)?;
+        let real = self.augmented(&self.signed(&real.detach())?, "augment real", step, 0)?;
         // Each pass follows the spectral norms by one iteration, the painted images first, as RAE's do.
         let logits = |images: &Tensor| {
             dino::iterate(&self.parameters, &self.averages)?;
@@ -244,26 +234,34 @@ impl Gan {
         let loss = self.config.loss.discriminator(&real, &fake)?;
         let lecam = self.lecam(&real.mean_all()?, &fake.mean_all()?)?;
         let total = (&loss + &lecam)?;
-        let settings = &self.settings;
-        let steps = settings.steps.saturating_sub(self.config.discriminator_start);
-        let rate = settings.rate.at(done, settings.warmup_steps, steps);
-        let norm = self.optimizer.step(&self.parameters, &total.backward()?, done, |_| rate)?;
+        let gradients = Gradients::of(&self.parameters, &total.backward()?)?;
         let log = DiscriminatorLog {
-            discriminator_loss: scalar(&loss)?,
-            lecam_loss: scalar(&lecam)?,
+            loss: scalar(&loss)?,
+            lecam: scalar(&lecam)?,
             logits_real: scalar(&real.mean_all()?)?,
             logits_fake: scalar(&fake.mean_all()?)?,
-            discriminator_gradient_norm: norm,
-            discriminator_rate: rate,
+            gradient_norm: gradients.norm(),
         };
-        if !(norm.is_finite() && scalar(&total)?.is_finite()) {
+        if !(log.gradient_norm.is_finite() && scalar(&total)?.is_finite()) {
             return Err(Error::Training(format!(
-                "step {step}: the discriminator's loss is {} and its gradients' norm {norm}; the last checkpoint is good, \
-                 resume from it with a lower groups.discriminator",
-                log.discriminator_loss
+                "step {}: the discriminator's loss is {} and its gradients' norm {}; the last checkpoint is good, go on from \
+                 it with a lower groups.discriminator",
+                step + 1,
+                log.loss,
+                log.gradient_norm
             )));
         }
+        let rate = self.rate(step);
+        self.optimizer.step(&self.parameters, &gradients, self.taken, |_| rate)?;
+        self.taken += 1;
         Ok(Some(log))
+    }
+
+    /// The discriminator's learning rate at `step`; its schedule begins where it does.
+    pub fn rate(&self, step: usize) -> f64 {
+        let Settings { rate, warmup_steps, steps, .. } = self.settings;
+        let start = self.config.discriminator_start;
+        step.checked_sub(start).map_or(0.0, |step| rate.at(step, warmup_steps, steps.saturating_sub(start)))
     }
 
     /// LeCam's term, weighted; moves its averages.
@@ -291,16 +289,17 @@ impl Gan {
     }
 
     /// Augmented by what (seed, purpose, step) draws, so a resumed run draws the same.
-    fn augmented(&self, images: &Tensor, purpose: &str, step: usize) -> Result<Tensor> {
+    fn augmented(&self, images: &Tensor, purpose: &str, step: usize, first: usize) -> Result<Tensor> {
         let config = self.config.augment();
         let mut random = data::generator(self.settings.seed, purpose, step);
-        Ok(config.apply(images, &Draws::new(&config, images.dim(0)?, &mut random))?)
+        Ok(config.apply(images, &Draws::new(&config, first..first + images.dim(0)?, &mut random))?)
     }
 
     /// All that a resumed run needs: weights and averages as `discriminator.…` and `lecam.…`, moments as `first.…` and
     /// `second.…`.
     pub fn state(&self) -> Result<Tensors> {
         let mut state = self.optimizer.state()?;
+        state.insert(TAKEN.to_string(), Tensor::new(self.taken as i64, &Device::Cpu)?);
         let all = self.parameters.iter().chain(&self.averages);
         for (name, var) in all {
             state.insert(name.clone(), var.as_detached_tensor().copy()?);
@@ -323,6 +322,8 @@ impl Gan {
             }
             var.set(&tensor.to_dtype(DType::F32)?)?;
         }
+        let taken = state.remove(TAKEN).ok_or_else(|| wrong(format!("`{TAKEN}` is missing")))?;
+        self.taken = taken.to_scalar::<i64>()? as usize;
         self.optimizer.load_state(state)
     }
 }
