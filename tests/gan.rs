@@ -74,7 +74,8 @@ fn variables(tensors: Tensors) -> BTreeMap<String, Var> {
 }
 
 fn builder(variables: &BTreeMap<String, Var>) -> VarBuilder<'static> {
-    let all: HashMap<String, Tensor> = variables.iter().map(|(name, x)| (name.clone(), x.as_tensor().clone())).collect();
+    let all: HashMap<String, Tensor> =
+        variables.iter().map(|(name, x)| (name.clone(), x.as_tensor().clone())).collect();
     VarBuilder::from_tensors(all, DType::F32, &Device::Cpu)
 }
 
@@ -193,7 +194,8 @@ fn a_step_of_raes_discriminator_follows_its_spectral_norms() {
     assert!((log.logits_real - mean("real")).abs() < 1e-5, "{log:?}, expected: {}", mean("real"));
     assert!((log.logits_fake - mean("fake")).abs() < 1e-3, "{log:?}, expected: {}", mean("fake"));
     let state = gan.state().unwrap();
-    let vectors: Vec<&String> = expected.keys().filter(|n| n.contains("weight_") && !n.starts_with("gradient.")).collect();
+    let vectors: Vec<&String> =
+        expected.keys().filter(|n| n.contains("weight_") && !n.starts_with("gradient.")).collect();
     assert_eq!(vectors.len(), 3 * 3 * 2);
     for name in vectors {
         assert_close(name, &state[&format!("discriminator.{name}")], &expected[name], PARITY);
@@ -407,7 +409,10 @@ fn a_file_that_is_no_dino_is_refused_by_name() {
         (without("pos_embed"), "0 positions"),
         (without("blocks.1.mlp.fc2"), "layers.1.mlp.fc2"),
         (without("blocks"), "layers"),
-        (whole.clone().into_iter().chain([("fc.weight".to_string(), noise(&[2, 2], 0, 1.0, 0.0))]).collect(), "fc.weight"),
+        (
+            whole.clone().into_iter().chain([("fc.weight".to_string(), noise(&[2, 2], 0, 1.0, 0.0))]).collect(),
+            "fc.weight",
+        ),
     ] {
         let said = read(&tensors);
         assert!(said.contains(word) && said.contains(&path), "`{word}` is not in: {said}");

@@ -18,6 +18,8 @@
 //! | 12 | grids are taken for square | gradients, all of its cases `3x5`; optimisation, `everything_together_goes_on_to_the_same_bits` has `16x48` |
 //! | 13 | positions are interpolated in silence | stages, `positions_that_are_interpolated_are_told` |
 
+#[path = "train/gan.rs"]
+mod gan;
 #[path = "train/optimisation.rs"]
 mod optimisation;
 #[path = "train/places.rs"]

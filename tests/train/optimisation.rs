@@ -36,7 +36,7 @@ fn copy(from: &std::path::Path, to: &std::path::Path) {
     }
 }
 
-fn sets<'a>(wishes: &[&'a str]) -> Vec<&'a str> {
+pub(super) fn sets<'a>(wishes: &[&'a str]) -> Vec<&'a str> {
     wishes.iter().flat_map(|wish| ["--set", wish]).collect()
 }
 

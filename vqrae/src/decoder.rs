@@ -124,12 +124,21 @@ impl Decoder {
     /// - tokens: `[B, h·w, D]`
     /// - output: `[B, 3, h·P', w·P']`, P' the output patch
     pub fn forward(&self, tokens: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
-        let Surroundings { position_embedding, final_layernorm, head } = &self.surroundings;
+        self.head(&self.hidden(tokens, grid)?, grid)
+    }
+
+    /// What the head is given for these tokens. `[B, h·w, D]` to the same.
+    pub fn hidden(&self, tokens: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
+        let Surroundings { position_embedding, final_layernorm, .. } = &self.surroundings;
         let x = self.layers.forward(&position_embedding.add(tokens, grid)?)?;
-        let x = match final_layernorm {
-            Some(norm) => norm.forward(&x)?,
-            None => x,
-        };
-        vit::unpatchify(&head.forward(&x)?, grid, self.patch)
+        match final_layernorm {
+            Some(norm) => norm.forward(&x),
+            None => Ok(x),
+        }
+    }
+
+    /// The last layer: [`Decoder::hidden`] to pixels.
+    pub fn head(&self, hidden: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
+        vit::unpatchify(&self.surroundings.head.forward(hidden)?, grid, self.patch)
     }
 }

@@ -167,12 +167,17 @@ impl Network {
     /// The quantizer's output `[B, h·w, D']` to normalised pixels `[B, 3, h·P', w·P']`; undoing the normalisation of
     /// latents, if the config says so, is part of it.
     pub fn paint(&self, tokens: &Tensor, grid: (usize, usize), dtype: DType) -> candle_core::Result<Tensor> {
+        self.decoder.head(&self.hidden(tokens, grid, dtype)?, grid)
+    }
+
+    /// What the decoder's head is given for the quantizer's output: [`Network::paint`] without its last layer.
+    pub fn hidden(&self, tokens: &Tensor, grid: (usize, usize), dtype: DType) -> candle_core::Result<Tensor> {
         match self.latent.as_ref().filter(|latent| latent.denormalizes()) {
             Some(latent) => {
                 latent.check_grid(grid)?;
-                self.decoder.forward(&latent.denormalize(tokens)?.to_dtype(dtype)?, grid)
+                self.decoder.hidden(&latent.denormalize(tokens)?.to_dtype(dtype)?, grid)
             }
-            None => self.decoder.forward(&tokens.to_dtype(dtype)?, grid),
+            None => self.decoder.hidden(&tokens.to_dtype(dtype)?, grid),
         }
     }
 

@@ -321,6 +321,12 @@ impl Preprocessor {
         })
     }
 
+    /// What normalised values were before, on the scale of 0..1: `value · std + mean`, by channel.
+    pub(crate) fn mean_and_std_of_unit(&self) -> ([f32; 3], [f32; 3]) {
+        let of = |channel| self.mean_and_std(channel);
+        (std::array::from_fn(|c| of(c).0 / 255.0), std::array::from_fn(|c| of(c).1 / 255.0))
+    }
+
     /// Mean and standard deviation on the scale of 0..255.
     fn mean_and_std(&self, channel: usize) -> (f32, f32) {
         let whole = if self.do_rescale { (1.0 / self.rescale_factor) as f32 } else { 1.0 };

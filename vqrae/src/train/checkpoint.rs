@@ -38,11 +38,14 @@ pub struct Checkpoint {
     pub optimizer: Tensors,
     /// The moving average of the weights, if the run keeps one.
     pub average: Option<Tensors>,
+    /// The adversarial part, if the run has one: see [`Gan::state`](super::gan::Gan::state).
+    pub gan: Option<Tensors>,
 }
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const AVERAGE: &str = "average.safetensors";
+const GAN: &str = "gan.safetensors";
 const STATE: &str = "state.json";
 
 fn folder(run: &Path) -> PathBuf {
@@ -51,14 +54,16 @@ fn folder(run: &Path) -> PathBuf {
 
 /// Writes `checkpoints/step-N` of the run's folder and removes all but the newest `keep`.
 pub fn write(run: &Path, checkpoint: &Checkpoint, keep: usize) -> Result<()> {
-    let Checkpoint { state, model, optimizer, average } = checkpoint;
+    let Checkpoint { state, model, optimizer, average, gan } = checkpoint;
     let folder = folder(run);
     std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
     let temporary = tempfile::Builder::new().prefix(".partial-").tempdir_in(&folder).map_err(Error::io(&folder))?;
     weights::write(&temporary.path().join(MODEL), model, HashMap::new())?;
     weights::write(&temporary.path().join(OPTIMIZER), optimizer, HashMap::new())?;
-    if let Some(average) = average {
-        weights::write(&temporary.path().join(AVERAGE), average, HashMap::new())?;
+    for (file, tensors) in [(AVERAGE, average), (GAN, gan)] {
+        if let Some(tensors) = tensors {
+            weights::write(&temporary.path().join(file), tensors, HashMap::new())?;
+        }
     }
     let text = serde_json::to_string_pretty(state).map_err(|e| Error::config(folder.join(STATE), e))?;
     let path = temporary.path().join(STATE);
@@ -118,7 +123,10 @@ pub fn newest(run: &Path) -> Result<Option<Checkpoint>> {
     let state = serde_json::from_str(&text).map_err(|e| Error::config(&path, e))?;
     let model = weights::read_file(&newest.join(MODEL))?;
     let optimizer = weights::read_file(&newest.join(OPTIMIZER))?;
-    let average = newest.join(AVERAGE);
-    let average = average.exists().then(|| weights::read_file(&average)).transpose()?;
-    Ok(Some(Checkpoint { state, model, optimizer, average }))
+    let optional = |file: &str| {
+        let path = newest.join(file);
+        path.exists().then(|| weights::read_file(&path)).transpose()
+    };
+    let (average, gan) = (optional(AVERAGE)?, optional(GAN)?);
+    Ok(Some(Checkpoint { state, model, optimizer, average, gan }))
 }

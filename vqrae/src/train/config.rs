@@ -6,6 +6,7 @@ use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use super::data::{Photos, ResizedCrop, Sizes};
+use super::gan::{self, Gan};
 use super::loss;
 use super::optimizer;
 use super::schedule::Rate;
@@ -32,6 +33,9 @@ pub struct Config {
     /// The weights of the loss terms.
     #[serde(default)]
     pub loss: loss::Weights,
+    /// The adversarial part, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gan: Option<gan::Config>,
     /// AdamW's constants.
     #[serde(default)]
     pub optimizer: optimizer::Config,
@@ -235,6 +239,9 @@ pub struct Groups {
     pub quantizer: Rate,
     /// Of `decoder.…`.
     pub decoder: Rate,
+    /// Of the discriminator of the `gan` section, from the step on that it starts in; its warm-up and its cosine begin there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub discriminator: Option<Rate>,
 }
 
 impl Groups {
@@ -276,9 +283,9 @@ impl Config {
                 .to_string());
         }
         let (train, optimizer) = (&self.train, &self.optimizer);
-        for (name, rate) in
-            [("encoder", self.groups.encoder), ("quantizer", self.groups.quantizer), ("decoder", self.groups.decoder)]
-        {
+        let groups = &self.groups;
+        let of_model = [("encoder", groups.encoder), ("quantizer", groups.quantizer), ("decoder", groups.decoder)];
+        for (name, rate) in of_model.into_iter().chain(groups.discriminator.map(|rate| ("discriminator", rate))) {
             if !(rate.peak.is_finite() && rate.end.is_finite() && rate.peak >= 0.0 && rate.end >= 0.0) {
                 return Err(format!("groups.{name}: rates must be 0 or more, got: {} and {}", rate.peak, rate.end));
             }
@@ -286,10 +293,38 @@ impl Config {
         if optimizer.max_grad_norm <= 0.0 {
             return Err(format!("optimizer.max_grad_norm is {}, expected: more than 0", optimizer.max_grad_norm));
         }
+        self.check_gan()?;
         if let Some(stage) = &self.stage {
             stage.check(self.groups.encoder.peak, &self.model.config())?;
         }
         train.check()
+    }
+
+    fn check_gan(&self) -> std::result::Result<(), String> {
+        let Some(gan) = &self.gan else {
+            let stray = self.groups.discriminator.is_some();
+            return if stray {
+                Err("groups.discriminator is set, but there is no [gan] section".into())
+            } else {
+                Ok(())
+            };
+        };
+        if !self.groups.discriminator.is_some_and(|rate| rate.peak > 0.0) {
+            return Err("the [gan] section needs a rate: set groups.discriminator = { peak = 4e-5, end = 1e-5 }".into());
+        }
+        if gan.adaptive && self.groups.decoder.peak == 0.0 {
+            return Err("gan.adaptive needs a decoder that is trained; raise groups.decoder.peak from 0".into());
+        }
+        gan.check()
+    }
+
+    /// The adversarial part at its beginning, if the run has one.
+    pub(super) fn start_gan(&self, preprocessor: &Preprocessor) -> Result<Option<Gan>> {
+        let (Some(gan), Some(rate)) = (&self.gan, self.groups.discriminator) else { return Ok(None) };
+        let Run { steps, warmup_steps, seed, .. } = self.train;
+        let (mean, std) = preprocessor.mean_and_std_of_unit();
+        let settings = gan::Settings { steps, warmup_steps, rate, optimizer: self.optimizer, seed, mean, std };
+        Gan::new(gan, settings).map(Some)
     }
 
     /// The model's config, its preprocessor and the tensors of step 0 (none when a checkpoint `resumes`).

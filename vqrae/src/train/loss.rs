@@ -68,6 +68,11 @@ impl Losses {
         Self { weights, distillation }
     }
 
+    /// The weighted terms of the pixels alone, which an adversarial loss is weighed against.
+    pub fn of_pixels(&self, pixels: &Tensor, painted: &Tensor) -> Result<Tensor> {
+        (painted - pixels)?.sqr()?.mean_all()? * self.weights.reconstruction
+    }
+
     /// The terms of what was seen.
     pub fn terms(&self, seen: &Seen) -> Result<Terms> {
         let reconstruction = (seen.painted - seen.pixels)?.sqr()?.mean_all()?;

@@ -16,7 +16,7 @@ use crate::weights::{Store, Tensors};
 pub struct Plan {
     /// The groups by name.
     pub groups: BTreeMap<&'static str, GroupPlan>,
-    /// Bytes of a step, by what they hold; an estimate.
+    /// Bytes of a step, by what they hold; an estimate, without a discriminator's activations.
     pub memory: Vec<(&'static str, u64)>,
 }
 
@@ -63,6 +63,11 @@ impl Plan {
             let rate = config.groups.of(name);
             let step = |i: usize| i * steps.saturating_sub(1) / (RATES - 1);
             plan.rates = (0..RATES).map(|i| rate.at(step(i), config.train.warmup_steps, steps)).collect();
+        }
+        if let Some(gan) = config.start_gan(&preprocessor)? {
+            let (trained, decayed) = gan.parameter_counts();
+            let rates = (0..RATES).map(|i| gan.rate(i * steps.saturating_sub(1) / (RATES - 1))).collect();
+            groups.insert("discriminator", GroupPlan { trained, decayed, untrained: 0, rates });
         }
         let grid = buckets
             .iter()

@@ -13,6 +13,7 @@ use super::averaging::WeightAverage;
 use super::checkpoint::{self, Checkpoint, State};
 use super::config::{Config, GROUPS};
 use super::data::{self, Batch, Photos, Sizes};
+use super::gan::{Gan, LastLayer};
 use super::guard;
 use super::log::{Event, Journal, Observer, StepLog, Window};
 use super::loss::{Losses, RECONSTRUCTION, Seen};
@@ -43,6 +44,7 @@ pub(super) struct Trainer<'a> {
     recompute: Recompute,
     teacher: Option<Teacher>,
     losses: Losses,
+    gan: Option<Gan>,
     optimizer: AdamW,
     window: Window,
     skipped_photos: usize,
@@ -57,6 +59,10 @@ struct Sum {
     codes: Vec<u32>,
     /// Kept for moving averages alone.
     quantized: Vec<Quantized>,
+    /// Kept for the discriminator alone.
+    painted: Vec<Tensor>,
+    /// Norm of the discriminator's gradients, if it has learnt.
+    discriminator_norm: Option<f64>,
 }
 
 impl<'a> Trainer<'a> {
@@ -74,17 +80,21 @@ impl<'a> Trainer<'a> {
         let of_start = |wanted| Teacher::of(wanted, config.start.folder(), &config.model.encoder);
         let teacher = distillation.map(of_start).transpose()?.flatten();
         let hash = teacher.as_ref().map(|teacher| teacher.hash.clone());
+        let mut gan = config.start_gan(&preprocessor)?;
         let (tensors, moments, average, state) = match found {
             None => {
                 let guard = guard::Seen::default();
                 (start, None, None, State { step: 0, best: None, config: as_json, guard, teacher: hash })
             }
-            Some(Checkpoint { state, model, optimizer, average }) => {
+            Some(Checkpoint { state, model, optimizer, average, gan: of_gan }) => {
                 check_config(&state.config, as_json)?;
                 if state.teacher != hash {
                     let reason = "the distillation's teacher is another one than when this run began; put the folder back, or \
                                   train in a new --output-dir";
                     return Err(Error::Training(reason.into()));
+                }
+                if let Some(gan) = &mut gan {
+                    gan.load_state(of_gan.unwrap_or_default())?;
                 }
                 (model, Some(optimizer), average, state)
             }
@@ -121,7 +131,7 @@ impl<'a> Trainer<'a> {
         #[rustfmt::skip]
         let trainer = Self {
             config, output, preprocessor, buckets, parameters, average, state, journal, network, recompute, teacher, losses,
-            optimizer, window, skipped_photos: 0,
+            gan, optimizer, window, skipped_photos: 0,
         };
         Ok(trainer)
     }
@@ -194,12 +204,15 @@ impl<'a> Trainer<'a> {
             let rate = |name: &str| self.config.groups.of(name).at(step, train.warmup_steps, train.steps);
             self.optimizer.step(&self.parameters.trained, &sum.gradients, taken, rate)?;
             self.move_averages(step, &sum.quantized)?;
+            self.discriminate(step, &target, &mut sum)?;
             self.window.take(loss, &sum.terms, &sum.codes);
         }
         if !(step + 1).is_multiple_of(train.log_every.max(1)) && step + 1 != train.steps {
             return Ok(None);
         }
-        let log = self.summary(step, norm, sum.gradients.norms());
+        let mut norms = sum.gradients.norms();
+        norms.extend(sum.discriminator_norm.map(|norm| ("discriminator".to_string(), norm)));
+        let log = self.summary(step, norm, norms);
         self.journal.append(&log)?;
         self.window = Window::now(no_codes(&self.config.model.quantizer));
         Ok(Some(log))
@@ -221,9 +234,10 @@ impl<'a> Trainer<'a> {
         let states = network.encoder.forward(pixels)?;
         let features = network.fuse(&states)?;
         let quantized = network.quantizer.quantize_in_training(&network.latents_of(&features, grid)?, seed)?;
-        let painted = network.paint(&quantized.tokens, grid, DType::F32)?;
+        let hidden = network.hidden(&quantized.tokens, grid, DType::F32)?;
+        let painted = network.decoder.head(&hidden, grid)?;
         let teacher = self.teacher.as_ref().map(|teacher| teacher.forward(pixels)).transpose()?;
-        let terms = self.losses.terms(&Seen {
+        let mut terms = self.losses.terms(&Seen {
             pixels: target,
             painted: &painted,
             states: &states,
@@ -232,6 +246,16 @@ impl<'a> Trainer<'a> {
             quantizer: &network.quantizer,
             teacher: teacher.as_ref(),
         })?;
+        if let Some(gan) = &self.gan {
+            let last_layer = || self.last_layer(&hidden, target, grid);
+            let first = sum.painted.len() * pixels.dim(0)?;
+            if let Some(generator) = gan.generator_term(&painted, step, first, last_layer)? {
+                terms.total = (terms.total + generator.term)?;
+                *sum.terms.entry("generator").or_default() += generator.loss;
+                *sum.terms.entry("generator_weight").or_default() += generator.weight;
+            }
+            sum.painted.push(painted.detach());
+        }
         sum.gradients.add(Gradients::of(&self.parameters.trained, &self.recompute.backward(&terms.total)?)?);
         let scalar = |tensor: &Tensor| Ok::<f64, Error>(f64::from(tensor.to_scalar::<f32>()?));
         sum.loss += scalar(&terms.total)?;
@@ -242,6 +266,31 @@ impl<'a> Trainer<'a> {
         if !self.parameters.averages.is_empty() {
             sum.quantized.push(detached(&quantized));
         }
+        Ok(())
+    }
+
+    /// The decoder's head by itself, over the same hidden states, for an adaptive weight.
+    fn last_layer(&self, hidden: &Tensor, target: &Tensor, grid: (usize, usize)) -> Result<LastLayer<'_>> {
+        const NAME: &str = "decoder.head.weight";
+        let frozen = || Error::Training(format!("gan.adaptive needs `{NAME}` to be trained"));
+        let weight = self.parameters.trained.get(NAME).ok_or_else(frozen)?;
+        let painted = self.network.decoder.head(&hidden.detach(), grid)?;
+        let reconstruction = self.losses.of_pixels(target, &painted)?;
+        Ok(LastLayer { weight, painted, reconstruction })
+    }
+
+    /// The discriminator's step, on the whole batch.
+    fn discriminate(&mut self, step: usize, target: &Tensor, sum: &mut Sum) -> Result<()> {
+        let Some(gan) = &mut self.gan else { return Ok(()) };
+        let painted = Tensor::cat(&std::mem::take(&mut sum.painted), 0)?;
+        let Some(log) = gan.discriminator_step(target, &painted, step)? else { return Ok(()) };
+        sum.discriminator_norm = Some(log.gradient_norm);
+        sum.terms.extend([
+            ("discriminator", log.loss),
+            ("lecam", log.lecam),
+            ("logits_real", log.logits_real),
+            ("logits_fake", log.logits_fake),
+        ]);
         Ok(())
     }
 
@@ -301,13 +350,14 @@ impl<'a> Trainer<'a> {
         let (train, groups) = (&self.config.train, &self.config.groups);
         let std = f64::from(self.preprocessor.image_std[0]);
         let rate = |group: &str| (group.to_string(), groups.of(group).at(step, train.warmup_steps, train.steps));
+        let of_discriminator = self.gan.as_ref().map(|gan| ("discriminator".to_string(), gan.rate(step)));
         StepLog {
             step: step + 1,
             steps: train.steps,
             psnr: -10.0 * (self.window.mean(RECONSTRUCTION) * std * std).log10(),
             gradient_norm,
             gradient_norms,
-            rates: GROUPS.iter().map(|group| rate(group)).collect(),
+            rates: GROUPS.iter().map(|group| rate(group)).chain(of_discriminator).collect(),
             skipped_steps: self.state.guard.skipped,
             skipped_photos: self.skipped_photos,
             ..self.window.log(train.batch_size)
@@ -317,7 +367,8 @@ impl<'a> Trainer<'a> {
     pub(super) fn checkpoint(&self) -> Result<()> {
         let average = self.average.as_ref().map(|average| average.tensors(&self.parameters.trained)).transpose()?;
         let (model, optimizer) = (self.parameters.tensors(), self.optimizer.state()?);
-        let checkpoint = Checkpoint { state: self.state.clone(), model, optimizer, average };
+        let gan = self.gan.as_ref().map(Gan::state).transpose()?;
+        let checkpoint = Checkpoint { state: self.state.clone(), model, optimizer, average, gan };
         checkpoint::write(self.output, &checkpoint, self.config.train.keep_checkpoints)
     }
 }

@@ -109,7 +109,7 @@ impl Config {
             let cut = (side as f64 * self.cutout).round_ties_even() as usize;
             let place = (uniform * (side + 1 - cut % 2) as f32).floor() as usize;
             let held = move |at: usize| (place + at).saturating_sub(cut / 2).min(side - 1);
-            (cut > 0).then(|| held(0)..held(cut - 1) + 1).unwrap_or_default()
+            if cut == 0 { 0..0 } else { held(0)..held(cut - 1) + 1 }
         };
         let mut mask = vec![1f32; b * h * w];
         for (i, mask) in mask.chunks_exact_mut(h * w).enumerate() {

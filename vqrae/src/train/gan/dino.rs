@@ -99,7 +99,8 @@ impl Backbone {
         layout.vit.depth = tensors.keys().filter_map(block).max().map_or(0, |last| last + 1);
         layout.vit.mlp_width = tensors.get("layers.0.mlp.fc1.bias").map_or(1, Tensor::elem_count);
         layout.check(side * patch).map_err(|reason| Error::weights(path, reason))?;
-        if let Some(name) = tensors.keys().find(|name| !name.starts_with("layers.") && !name.starts_with("embeddings.")) {
+        if let Some(name) = tensors.keys().find(|name| !name.starts_with("layers.") && !name.starts_with("embeddings."))
+        {
             return Err(wrong(&format!("it has a tensor `{name}`")));
         }
         for (name, tensor) in &mut tensors {
@@ -126,8 +127,10 @@ impl Backbone {
         const MEAN: [f64; 3] = [0.485, 0.456, 0.406];
         const STD: [f64; 3] = [0.229, 0.224, 0.225];
         let ((h, w), p) = (self.layout.grid, self.layout.patch);
-        let by_channel =
-            |f: fn(f64, f64) -> f64| Tensor::new(std::array::from_fn::<_, 3, _>(|c| f(MEAN[c], STD[c]) as f32).as_slice(), images.device())?.reshape((1, 3, 1, 1));
+        let by_channel = |f: fn(f64, f64) -> f64| {
+            Tensor::new(std::array::from_fn::<_, 3, _>(|c| f(MEAN[c], STD[c]) as f32).as_slice(), images.device())?
+                .reshape((1, 3, 1, 1))
+        };
         let x = resize(images, (h * p, w * p))?.broadcast_mul(&by_channel(|_, std| 0.5 / std)?)?;
         let x = x.broadcast_add(&by_channel(|mean, std| (0.5 - mean) / std)?)?;
         let states = self.tower.hidden_states(&x)?;

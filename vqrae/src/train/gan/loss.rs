@@ -86,9 +86,11 @@ mod tests {
     #[test]
     fn lecam_by_hand() -> Result<()> {
         let scalar = |x: f32| Tensor::new(x, &Device::Cpu);
-        let lecam = |r, f, real, fake| lecam(&scalar(r)?, &scalar(f)?, &scalar(real)?, &scalar(fake)?)?.to_scalar();
-        assert_eq!(lecam(1.0, -1.0, 0.5, -0.5)?, 2.25 + 2.25f32);
-        assert_eq!(lecam(-1.0, 1.0, 0.0, 0.0)?, 0f32);
+        let lecam = |r, f, real, fake| -> Result<f32> {
+            lecam(&scalar(r)?, &scalar(f)?, &scalar(real)?, &scalar(fake)?)?.to_scalar()
+        };
+        assert_eq!(lecam(1.0, -1.0, 0.5, -0.5)?, 4.5);
+        assert_eq!(lecam(-1.0, 1.0, 0.0, 0.0)?, 0.0);
         Ok(())
     }
 }

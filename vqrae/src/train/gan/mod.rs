@@ -33,14 +33,14 @@ use augment::Draws;
 #[derive(Debug, Clone)]
 enum Discriminator {
     NLayer(NLayer),
-    Dino(Dino),
+    Dino(Box<Dino>),
 }
 
 impl Discriminator {
     fn load(vb: VarBuilder, config: &Config, backbone: Option<&dino::Backbone>) -> candle_core::Result<Self> {
         match backbone {
             None => Ok(Self::NLayer(NLayer::load(vb, &config.nlayer)?)),
-            Some(backbone) => Ok(Self::Dino(Dino::load(vb, backbone.clone(), &config.dino)?)),
+            Some(backbone) => Ok(Self::Dino(Box::new(Dino::load(vb, backbone.clone(), &config.dino)?))),
         }
     }
 
@@ -167,9 +167,14 @@ impl Gan {
         Ok(Self { config: config.clone(), settings, parameters, averages, learning, judging, optimizer, taken: 0 })
     }
 
-    /// How many numbers the discriminator learns.
-    pub fn parameter_count(&self) -> usize {
-        self.parameters.values().map(|var| var.elem_count()).sum()
+    /// How many numbers the discriminator learns, and to how many of them weight decay applies.
+    pub fn parameter_counts(&self) -> (u64, u64) {
+        let count = |decayed: bool| {
+            let parameters =
+                self.parameters.iter().filter(|(name, var)| !decayed || optimizer::decays(name, var.rank()));
+            parameters.map(|(_, var)| var.elem_count() as u64).sum()
+        };
+        (count(false), count(true))
     }
 
     /// What the model is to minimise besides its other losses at `step`; nothing before `generator_start`.
@@ -215,7 +220,12 @@ impl Gan {
     ///
     /// # Errors
     /// If the loss or its gradient is not finite; nothing has changed then but moving averages.
-    pub fn discriminator_step(&mut self, real: &Tensor, fake: &Tensor, step: usize) -> Result<Option<DiscriminatorLog>> {
+    pub fn discriminator_step(
+        &mut self,
+        real: &Tensor,
+        fake: &Tensor,
+        step: usize,
+    ) -> Result<Option<DiscriminatorLog>> {
         if step < self.config.discriminator_start {
             return Ok(None);
         }
@@ -270,10 +280,12 @@ impl Gan {
         if self.config.lecam == 0.0 {
             return Ok(real.zeros_like()?);
         }
-        let average = |name: &str| self.averages.get(name).ok_or_else(|| Error::Training(format!("`{name}` is missing")));
+        let average =
+            |name: &str| self.averages.get(name).ok_or_else(|| Error::Training(format!("`{name}` is missing")));
         let (of_real, of_fake) = (average(REAL)?, average(FAKE)?);
         // Copies, since the averages move before the backward pass.
-        let term = loss::lecam(real, fake, &of_real.as_detached_tensor().copy()?, &of_fake.as_detached_tensor().copy()?)?;
+        let term =
+            loss::lecam(real, fake, &of_real.as_detached_tensor().copy()?, &of_fake.as_detached_tensor().copy()?)?;
         for (average, new) in [(of_real, real), (of_fake, fake)] {
             average.set(&((average.as_detached_tensor() * DECAY)? + (new.detach() * (1.0 - DECAY))?)?)?;
         }

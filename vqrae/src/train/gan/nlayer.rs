@@ -59,10 +59,7 @@ impl NLayer {
         for stage in 0..config.stages {
             let (from, vb) = (width, vb.pp("blocks").pp(stage));
             width = config.width << stage;
-            blocks.push((
-                convolution(vb.pp(0), from, width, 3)?,
-                GroupNorm::load(vb.pp(2), width, GROUPS)?,
-            ));
+            blocks.push((convolution(vb.pp(0), from, width, 3)?, GroupNorm::load(vb.pp(2), width, GROUPS)?));
         }
         let vb = vb.pp("to_logits");
         let logits = (convolution(vb.pp(0), width, width, 1)?, convolution(vb.pp(2), width, 1, 5)?);
