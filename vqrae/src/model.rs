@@ -90,7 +90,7 @@ impl Network {
     /// Loads `encoder.…`, `quantizer.…`, `decoder.…`.
     pub fn load(vb: VarBuilder, config: &Config) -> candle_core::Result<Self> {
         let sizes = config.decoder.sizes(&config.encoder);
-        let (width_in, width_out) = (config.encoder.width(), sizes.vit.width);
+        let (width_in, width_out) = (config.encoder.width(), sizes.width_in());
         Ok(Self {
             encoder: Encoder::load(vb.pp("encoder"), &config.encoder)?,
             quantizer: Quantizer::load(vb.pp("quantizer"), &config.quantizer, width_in, width_out)?,

@@ -66,7 +66,7 @@ impl<T: Element> Network<T> {
 
     fn quantizer(&self) -> Result<&Quantizer<T>> {
         let vb = || self.loader.builder(DType::F32, &Device::Cpu).pp("quantizer");
-        let width_out = self.config.decoder.sizes(&self.config.encoder).vit.width;
+        let width_out = self.config.decoder.sizes(&self.config.encoder).width_in();
         let width_in = self.config.encoder.width();
         once(&self.quantizer, || Quantizer::load(vb(), &self.config.quantizer, width_in, width_out, self.isa))
     }
@@ -164,7 +164,7 @@ impl<T: Element> Inference for Network<T> {
         let vectors = array(&quantized.tokens)?;
         let images = vectors.chunks((vectors.len() / b.max(1)).max(1));
         let tokens: Vec<f32> = images.flat_map(|vectors| quantizer.finish(vectors).to_vec()).collect();
-        let width_out = self.config.decoder.sizes(&self.config.encoder).vit.width;
+        let width_out = self.config.decoder.sizes(&self.config.encoder).width_in();
         Ok(Quantized { tokens: tensor(tokens, &[b, n, width_out])?, ..quantized })
     }
 
@@ -179,7 +179,7 @@ impl<T: Element> Inference for Network<T> {
     fn decode(&self, tokens: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
         let (b, n, d) = tokens.dims3()?;
         let sizes = self.config.decoder.sizes(&self.config.encoder);
-        if n != grid.0 * grid.1 || d != sizes.vit.width {
+        if n != grid.0 * grid.1 || d != sizes.width_in() {
             candle_core::bail!("tokens {:?} do not fit a grid of {}×{}", tokens.dims(), grid.0, grid.1);
         }
         let tokens = array(tokens)?;
