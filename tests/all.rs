@@ -2,6 +2,7 @@
 
 mod codes;
 mod compare;
+mod convert;
 mod encoders;
 mod folders;
 mod gradients;

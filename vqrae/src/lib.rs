@@ -36,6 +36,7 @@
 
 pub mod codebook;
 pub mod codes;
+pub mod convert;
 pub mod decoder;
 pub mod encoder;
 pub mod error;

@@ -21,7 +21,7 @@ use vqrae_kernels::cpu::{Bf16, Isa};
 /// The file that a model folder keeps its [`Config`] in.
 const CONFIG: &str = "config.json";
 /// The file that a model folder keeps its [`Preprocessor`] in.
-const PREPROCESSOR: &str = "preprocessor_config.json";
+pub(crate) const PREPROCESSOR: &str = "preprocessor_config.json";
 /// The version of the model folder's layout that this library reads and writes.
 const FORMAT: u32 = 1;
 
@@ -399,7 +399,7 @@ impl Stages {
 }
 
 /// The id of a model: another config, preprocessing or weight makes another id.
-fn id(config: &Config, preprocessor: &Preprocessor, store: &Store) -> Result<String> {
+pub(crate) fn id(config: &Config, preprocessor: &Preprocessor, store: &Store) -> Result<String> {
     store.id(&format!("{}\n{}", config.to_json()?, preprocessor.to_json()))
 }
 

@@ -4,13 +4,19 @@
 
 mod fresh;
 mod loader;
+mod map;
 mod names;
+mod pickle;
 mod store;
+mod torch;
 
 pub use fresh::Fresh;
 pub(crate) use fresh::IDENTITY;
 pub use loader::Loader;
+pub(crate) use map::put;
+pub use map::{Constant, Fill, Map, Plan, Route, TOWER};
 pub use store::{INDEX, Store, shards};
+pub use torch::TorchFile;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -68,20 +74,28 @@ fn some(names: &[&String]) -> String {
 pub fn encoder(folder: &Path) -> Result<(encoder::Config, Tensors)> {
     let path = folder.join("config.json");
     let config = encoder_config(&path)?;
-    let mut tensors = Tensors::new();
-    if let encoder::Config::Siglip(_) = config {
-        for (name, tensor) in read(folder)? {
-            let name = name.strip_prefix("vision_model.").unwrap_or(&name);
-            let other = ["text_model.", "head.", "logit_", "embeddings.position_ids"];
-            if !other.iter().any(|prefix| name.starts_with(prefix)) {
-                tensors.insert(format!("encoder.vision_model.{name}"), tensor);
-            }
-        }
-    } else {
-        let tower = names::of_tower(read(folder)?, &config.layout()).map_err(|e| Error::weights(folder, e))?;
-        tensors.extend(tower.into_iter().map(|(name, tensor)| (format!("encoder.{name}"), tensor)));
-    }
+    let tensors = tower(read(folder)?, &config).map_err(|e| Error::weights(folder, e))?;
     Ok((config, tensors))
+}
+
+/// The tensors of a vision tower under our names (`encoder.…`), whichever of the names that [`encoder`] knows they have.
+///
+/// # Errors
+/// If they do not fit the config.
+pub fn tower(tensors: Tensors, config: &encoder::Config) -> candle_core::Result<Tensors> {
+    let encoder::Config::Siglip(_) = config else {
+        let tower = names::of_tower(tensors, &config.layout())?;
+        return Ok(tower.into_iter().map(|(name, tensor)| (format!("encoder.{name}"), tensor)).collect());
+    };
+    let mut ours = Tensors::new();
+    for (name, tensor) in tensors {
+        let name = name.strip_prefix("vision_model.").unwrap_or(&name);
+        let other = ["text_model.", "head.", "logit_", "embeddings.position_ids"];
+        if !other.iter().any(|prefix| name.starts_with(prefix)) {
+            ours.insert(format!("encoder.vision_model.{name}"), tensor);
+        }
+    }
+    Ok(ours)
 }
 
 fn encoder_config(path: &Path) -> Result<encoder::Config> {
