@@ -8,10 +8,13 @@ use vqrae::convert::{Options, Report, convert};
 use vqrae::weights::{Tensors, TorchFile, read_file};
 use vqrae::{DType, Device, Vqrae};
 
-use crate::compare::{PARITY, assert_close, assert_same_bits, fixture, noise, say};
+use crate::compare::{Tolerance, assert_close, assert_same_bits, fixture, noise, say};
 
 /// Widths so small that heads do not follow from them.
 const HEADS: [(&str, usize); 2] = [("encoder.num_attention_heads", 2), ("decoder.num_attention_heads", 3)];
+
+/// All that a checkpoint holds is representable in its number format, so nothing but the order of sums differs.
+const CLOSE: Tolerance = Tolerance { relative: 2e-6, absolute: 0.0 };
 
 /// A case of fixtures/convert.
 struct Case {
@@ -52,7 +55,7 @@ impl Case {
     /// Compares all that the reference has; returns the worst relative error.
     fn compare(&self, model: &Vqrae) -> f64 {
         let mut worst: f64 = 0.0;
-        let mut close = |what: &str, got, expected| worst = worst.max(assert_close(what, &got, expected, PARITY));
+        let mut close = |what: &str, got, expected| worst = worst.max(assert_close(what, &got, expected, CLOSE));
         let reference = &self.reference;
         if let Some(pixels) = reference.get("pixels") {
             close("features", model.encode(pixels).unwrap(), &reference["features"]);
@@ -99,7 +102,7 @@ fn the_forks_checkpoints_give_its_features_codes_and_pixels() {
         let codes = model.encode_to_indices(&case.reference["pixels"]).unwrap();
         assert_same_bits("codes", &codes.reshape((1, 9)).unwrap(), &case.reference["indices"]);
         let painted = model.decode_from_indices(&codes).unwrap();
-        assert_close("painted", &painted, &case.reference["image"], PARITY);
+        assert_close("painted", &painted, &case.reference["image"], CLOSE);
         assert_eq!((model.preprocessor().size, model.id()), ((12, 12), report.id.as_str()));
         say(&format!("{name}: {worst:.1e}"));
     }
@@ -150,11 +153,9 @@ fn a_decoder_alone_takes_the_rest_from_a_base() {
 fn an_encoders_own_folder_is_a_base() {
     let case = Case::new("rae-decoder");
     let encoder = fixture("siglip/tiny");
+    let (_folder, base) = base();
     let mut options = options(&HEADS[1..], Some(&encoder));
-    options.preprocessor = Some(base().1.join("preprocessor_config.json")).filter(|path| path.exists());
-    options.preprocessor = None;
-    let kept = base();
-    options.preprocessor = Some(kept.1.join("preprocessor_config.json"));
+    options.preprocessor = Some(base.join("preprocessor_config.json"));
     options.set.extend(settings(&[("quantizer", json!({ "type": "fsq", "levels": [4, 4] }))]));
     let report = case.convert(&options);
     assert_eq!(report.parts["encoder"], encoder.display().to_string());
@@ -209,7 +210,7 @@ fn the_packed_decoder_is_the_one_of_tensors() {
     for grid in [(3, 3), (2, 5)] {
         let tokens = noise("tokens", &[2, grid.0 * grid.1, 8]);
         let painted = network.paint(&tokens, grid, DType::F32).unwrap();
-        assert_close("decoder", &model.decode(&tokens, grid).unwrap(), &painted, PARITY);
+        assert_close("decoder", &model.decode(&tokens, grid).unwrap(), &painted, CLOSE);
         let alone = model.decode(&tokens.narrow(0, 1, 1).unwrap(), grid).unwrap();
         assert_same_bits("alone", &alone, &model.decode(&tokens, grid).unwrap().narrow(0, 1, 1).unwrap());
     }
@@ -278,13 +279,13 @@ fn a_map_of_ones_own_takes_layers_apart() {
 
         [config.quantizer]
         type = "residual"
-        levels = "= shape(tables, 0)"
-        codebook_size = "= shape(tables, 1)"
-        codebook_dim = "= shape(tables, 2)"
+        levels = 2
+        level = { codebook_size = "= shape(tables, 1)", codebook_dim = "= shape(tables, 2)" }
 
         [[tensors]]
         from = "tables"
-        to = "quantizer.codebook"
+        to = ["quantizer.levels.0.codebook", "quantizer.levels.1.codebook"]
+        steps = [{ reshape = [-1, 5] }]
 
         [[tensors]]
         from = "io"
@@ -309,9 +310,9 @@ fn a_map_of_ones_own_takes_layers_apart() {
     let options =
         Options { map: Some(map.to_str().unwrap().to_string()), base: Some(base), ..Options::default() };
     let report = convert(&checkpoint, &output, &options).unwrap_or_else(|error| panic!("{error}"));
-    assert_eq!((report.converted, report.filled), (3, 2));
+    assert_eq!((report.converted, report.filled), (4, 2));
     let made = read_file(&output.join("model.safetensors")).unwrap();
-    assert_same_bits("codes", &made["quantizer.codebook"], &codes);
+    assert_same_bits("codes", &made["quantizer.levels.1.codebook"], &codes.get(1).unwrap());
     let out = both.narrow(0, 5, 5).unwrap().t().unwrap();
     assert_same_bits("linear_out", &made["quantizer.linear_out.weight"], &out.contiguous().unwrap());
 }
@@ -340,7 +341,7 @@ fn a_pytorch_file_with_any_byte_changed_never_panics() {
         (state >> 11) as usize % n
     };
     let (mut opened, mut read) = (0, 0);
-    for round in 0..3_000 {
+    for round in 0..1_000 {
         let mut bytes = whole.clone();
         match round % 3 {
             0 => bytes.truncate(random(whole.len())),
@@ -357,6 +358,6 @@ fn a_pytorch_file_with_any_byte_changed_never_panics() {
             read += file.names().filter(|name| file.tensor(name).is_ok()).count();
         }
     }
-    say(&format!("{opened} of 3,000 changed files could be opened, {read} tensors be read"));
-    assert!(opened > 300 && read > opened);
+    say(&format!("{opened} of 1,000 changed files could be opened, {read} tensors be read"));
+    assert!(opened > 100 && read > opened);
 }

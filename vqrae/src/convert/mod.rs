@@ -335,7 +335,9 @@ fn make(
         }
     }
     let bare = |name: &String| name.strip_prefix(TOWER).unwrap_or(name).to_string();
-    let tower = plan.tower.iter().map(|name| Ok((bare(name), seen.tensor(name)?))).collect::<Result<Tensors>>()?;
+    // In f32, since some are added up.
+    let tower = plan.tower.iter().map(|name| Ok((bare(name), seen.tensor(name)?.to_dtype(DType::F32)?)));
+    let tower = tower.collect::<Result<Tensors>>()?;
     if !tower.is_empty() {
         let tower = weights::tower(tower, &config.encoder).map_err(|error| Error::weights(from, error))?;
         for (name, tensor) in tower {

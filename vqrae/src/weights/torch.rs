@@ -290,3 +290,137 @@ impl Place {
         Ok(bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use zip::ZipWriter;
+    use zip::write::SimpleFileOptions;
+
+    use super::*;
+
+    /// A file of torch.save with this pickle, and a storage `0` of the bytes 0 to 23.
+    fn file(pickle: &[u8]) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
+        let storage: Vec<u8> = (0..24).collect();
+        for (name, bytes) in [("a/data.pkl", pickle), ("a/byteorder", b"little"), ("a/data/0", &storage)] {
+            zip.start_file(name, SimpleFileOptions::default().compression_method(CompressionMethod::Stored)).unwrap();
+            zip.write_all(bytes).unwrap();
+        }
+        file.write_all(&zip.finish().unwrap().into_inner()).unwrap();
+        file
+    }
+
+    fn text(text: &str) -> Vec<u8> {
+        [&[b'X'], (text.len() as u32).to_le_bytes().as_slice(), text.as_bytes()].concat()
+    }
+
+    fn ints(values: &[i64]) -> Vec<u8> {
+        let one = |value: &i64| [&[0x8a, 8], value.to_le_bytes().as_slice()].concat();
+        [b"(".to_vec(), values.iter().flat_map(one).collect(), b"t".to_vec()].concat()
+    }
+
+    /// `{"x": tensor}`, the tensor of a storage's class, a storage's key, an offset, a shape and a stride.
+    fn tensor(class: &str, key: &str, offset: i64, shape: &[i64], stride: &[i64]) -> Vec<u8> {
+        let class = format!("ctorch\n{class}\n");
+        let storage = [b"(", text("storage").as_slice(), class.as_bytes(), &text(key), &text("cpu"), b"K\x01tQ"].concat();
+        let offset = [&[0x8a, 8], offset.to_le_bytes().as_slice()].concat();
+        let hooks = b"\x89ccollections\nOrderedDict\n)R";
+        let arguments = [b"(", storage.as_slice(), &offset, &ints(shape), &ints(stride), hooks, b"t"].concat();
+        let made = [b"ctorch._utils\n_rebuild_tensor_v2\n".as_slice(), &arguments, b"R"].concat();
+        [b"\x80\x02}".as_slice(), &text("x"), &made, b"s."].concat()
+    }
+
+    fn read(pickle: &[u8]) -> std::result::Result<Tensor, String> {
+        let file = file(pickle);
+        let opened = TorchFile::open(file.path(), None).map_err(|error| error.to_string())?;
+        opened.tensor("x").map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn views_into_a_storage() {
+        for (offset, shape, stride, expected) in [
+            (0, &[2, 3][..], &[3, 1][..], &[0u8, 1, 2, 3, 4, 5][..]),
+            (1, &[2, 2], &[4, 2], &[1, 3, 5, 7]),
+            (0, &[3, 2], &[1, 3], &[0, 3, 1, 4, 2, 5]),
+            (5, &[2, 2], &[0, 1], &[5, 6, 5, 6]),
+            (23, &[], &[], &[23]),
+            (23, &[1], &[i64::MAX], &[23]),
+            (99, &[0, 4], &[4, 1], &[]),
+        ] {
+            let made = read(&tensor("ByteStorage", "0", offset, shape, stride)).unwrap();
+            assert_eq!(made.flatten_all().unwrap().to_vec1::<u8>().unwrap(), expected, "{shape:?} {stride:?}");
+        }
+        let half = read(&tensor("BFloat16Storage", "0", 1, &[1], &[1])).unwrap().to_dtype(DType::F32).unwrap();
+        assert_eq!(half.to_vec1::<f32>().unwrap(), [f32::from_bits(0x0302_0000)]);
+    }
+
+    #[test]
+    fn a_tensor_that_lies_is_named() {
+        for (class, key, offset, shape, stride, reason) in [
+            ("FloatStorage", "0", 0, &[7][..], &[1][..], "is beyond its storage"),
+            ("ByteStorage", "0", -1, &[2], &[1], "not numbers from zero up"),
+            ("ByteStorage", "0", 0, &[-2], &[1], "not numbers from zero up"),
+            ("ByteStorage", "0", 0, &[2], &[-1], "not numbers from zero up"),
+            ("ByteStorage", "0", 0, &[2], &[1, 1], "is beyond its storage"),
+            ("ByteStorage", "0", 23, &[2], &[1], "is beyond its storage"),
+            ("ByteStorage", "0", i64::MAX, &[2], &[i64::MAX], "is beyond its storage"),
+            ("ByteStorage", "0", 0, &[i64::MAX, i64::MAX], &[0, 0], "is beyond its storage"),
+            // One byte, a terabyte when written out.
+            ("ByteStorage", "0", 0, &[1 << 20, 1 << 20], &[0, 0], "is beyond its storage"),
+            ("ByteStorage", "1", 0, &[1], &[1], "its storage `a/data/1` is missing"),
+            ("ByteStorage", "../data.pkl", 0, &[1], &[1], "is missing"),
+            ("ComplexFloatStorage", "0", 0, &[1], &[1], "its number format `ComplexFloatStorage` cannot be read"),
+        ] {
+            let error = read(&tensor(class, key, offset, shape, stride)).unwrap_err();
+            assert!(error.contains("tensor `x`: ") && error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn code_in_a_pickle_is_data() {
+        let folder = tempfile::tempdir().unwrap();
+        let trace = folder.path().join("ran");
+        let call = [b"cos\nsystem\n".as_slice(), &text(&format!("touch {}", trace.display())), b"\x85R"].concat();
+        let good = tensor("ByteStorage", "0", 0, &[2], &[1]);
+        // Beside a tensor it is left alone, in a tensor's place it is none, and as the whole there is nothing to read.
+        let beside = [b"\x80\x02}".as_slice(), &text("evil"), &call, b"s", &good[3..]].concat();
+        assert_eq!(read(&beside).unwrap().to_vec1::<u8>().unwrap(), [0, 1]);
+        let inside = [b"\x80\x02}".as_slice(), &text("x"), &call, b"s."].concat();
+        let whole = [b"\x80\x02".as_slice(), &call, b"."].concat();
+        for pickle in [inside, whole] {
+            assert!(read(&pickle).unwrap_err().contains("no dict of tensors in it; save a state_dict"));
+        }
+        assert!(!trace.exists());
+    }
+
+    #[test]
+    fn a_dict_in_itself_ends() {
+        let pickle = [b"\x80\x02}q\x00".as_slice(), &text("model"), b"h\x00s."].concat();
+        assert!(read(&pickle).unwrap_err().contains("no dict of tensors"));
+    }
+
+    #[test]
+    fn other_files_are_named_with_the_next_step() {
+        let good = std::fs::read(file(&tensor("ByteStorage", "0", 0, &[2], &[1])).path()).unwrap();
+        let mut deflated = good.clone();
+        // The method, in the local and in the central header of the first file.
+        let central = good.windows(4).position(|bytes| bytes == b"PK\x01\x02").unwrap();
+        (deflated[8], deflated[central + 10]) = (8, 8);
+        for (bytes, reason) in [
+            (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.".to_vec(), "before version 1.6; load it in PyTorch, and save it"),
+            (b"GIF89a".to_vec(), "it is no file of torch.save"),
+            (Vec::new(), "it is no file of torch.save"),
+            (good[..good.len() / 2].to_vec(), "not a whole file of torch.save"),
+            (b"PK\x05\x06".iter().copied().chain([0; 18]).collect(), "there is no data.pkl in it"),
+            (deflated, "is compressed or encrypted in it"),
+        ] {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(&bytes).unwrap();
+            let error = TorchFile::open(file.path(), None).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+}

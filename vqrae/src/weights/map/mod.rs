@@ -45,7 +45,7 @@ struct Written {
     /// Whether a vision tower is part of the checkpoint.
     #[serde(default)]
     tower: bool,
-    /// Dropped tensors by which a checkpoint is known.
+    /// Tensors by which a checkpoint is known.
     #[serde(default)]
     needs: Vec<Template>,
     #[serde(default)]
@@ -191,8 +191,11 @@ impl Map {
     /// If two would become one, and the map does not say how.
     pub fn plan<'a>(&self, names: impl Iterator<Item = &'a String>) -> std::result::Result<Plan, String> {
         let mut plan = Plan::default();
+        let names: Vec<&String> = names.collect();
+        let lacks = |needed: &&Template| !names.iter().any(|name| needed.gaps(name).is_some());
+        plan.unmet.extend(self.written.needs.iter().filter(lacks).map(|needed| format!("`{needed}`")));
         let (tower, names): (Vec<_>, Vec<_>) =
-            names.partition(|name| self.written.tower && name.starts_with(TOWER));
+            names.into_iter().partition(|name| self.written.tower && name.starts_with(TOWER));
         plan.tower = tower.into_iter().cloned().collect();
         if self.written.tower && plan.tower.is_empty() {
             plan.unmet.push("a vision tower".to_string());
@@ -205,8 +208,6 @@ impl Map {
             }
             plan.routes.extend(routes);
         }
-        let lacks = |needed: &&Template| !names.iter().any(|name| needed.gaps(name).is_some());
-        plan.unmet.extend(self.written.needs.iter().filter(lacks).map(|needed| format!("`{needed}`")));
         for (name, used) in names.into_iter().zip(used) {
             let dropped = self.written.drop.iter().any(|drop| drop.gaps(name).is_some());
             match (used, dropped) {
