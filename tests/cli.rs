@@ -577,7 +577,7 @@ fn codebook_refuses_other_models_and_goes_on_without_damaged_files() {
 fn several_codes_a_token_go_from_photos_to_files_and_back() {
     let bench = Bench::with_photos(2);
     let mut config: Value = serde_json::from_slice(&bench.bytes("model/config.json")).expect("JSON");
-    let group = serde_json::json!({ "levels": 2, "codebook_size": 32, "codebook_dim": 4 });
+    let group = serde_json::json!({ "levels": 2, "level": { "codebook_size": 32, "codebook_dim": 4 } });
     config["quantizer"] = serde_json::json!({ "type": "product", "groups": 2, "group": group });
     let config = Config::from_json(&config.to_string(), Path::new("config.json")).expect("a config");
     let tensors = fresh_tensors(&config, BTreeMap::new(), 1).expect("tensors");

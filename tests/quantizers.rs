@@ -11,6 +11,7 @@ use vqrae::weights::{Fresh, Tensors};
 use vqrae::{Config, DType, Device, Tensor, Vqrae, encoder, model};
 
 use crate::compare::{PARITY, assert_close, assert_same_bits, fixture, noise, say, tensors_of};
+use crate::vq::{Trained, first, load, weights};
 
 /// The quantizers of fixtures/quantizers/make.py, and how many times the reference's loss theirs is.
 fn cases() -> BTreeMap<String, (quantizer::Config, f64)> {
@@ -21,38 +22,39 @@ fn expected(case: &str) -> HashMap<String, Tensor> {
     tensors_of(&fixture("quantizers/quantizers.safetensors"), case)
 }
 
-/// A quantizer whose projections are the identity, and its codebook, a variable where it is trained.
-fn identity(config: &quantizer::Config, codebook: Option<&Tensor>) -> (Quantizer, Option<Var>) {
-    let (e, cpu) = (config.codebook_dim(), &Device::Cpu);
-    let mut tensors = HashMap::new();
+/// The case's tensors between projections that are the identity.
+fn identity(config: &quantizer::Config, case: &HashMap<String, Tensor>) -> HashMap<String, Tensor> {
+    let (e, cpu) = (config.width(), &Device::Cpu);
+    let mut tensors = weights(case);
     for name in ["linear_in", "linear_out"] {
         tensors.insert(format!("{name}.weight"), Tensor::eye(e, DType::F32, cpu).unwrap());
         tensors.insert(format!("{name}.bias"), Tensor::zeros(e, DType::F32, cpu).unwrap());
     }
-    let trained = codebook.filter(|_| config.trains_codebook()).map(|codebook| Var::from_tensor(codebook).unwrap());
-    let codebook = trained.as_ref().map(|var| var.as_tensor().clone()).or_else(|| codebook.cloned());
-    tensors.extend(codebook.map(|codebook| ("codebook".to_string(), codebook)));
-    let vb = VarBuilder::from_tensors(tensors, DType::F32, cpu);
-    (Quantizer::load(vb, config, e, e).unwrap(), trained)
+    tensors
 }
 
-/// Quantises as the reference did: of a residual quantizer it may have dropped the last levels.
+/// Number of levels that were kept, from the first token's codes.
+fn kept(indices: &Tensor) -> usize {
+    let first = indices.get(0).unwrap().get(0).unwrap().flatten_all().unwrap().to_vec1::<u32>().unwrap();
+    first.iter().filter(|&&index| index != DROPPED).count()
+}
+
+/// Quantises with the levels that the reference kept, some seed of ours keeping as many.
 fn quantize(quantizer: &Quantizer, features: &Tensor, expected: &Tensor) -> Quantized {
-    let Quantizer::Residual(residual) = quantizer else { return quantizer.quantize(features).unwrap() };
-    let first = expected.get(0).unwrap().get(0).unwrap().to_vec1::<u32>().unwrap();
-    let kept = first.iter().filter(|&&index| index != DROPPED).count();
-    residual.inner().quantize_levels(features, kept).unwrap()
+    let mut made = (0..100).map(|seed| quantizer.quantize_in_training(features, seed).unwrap());
+    made.find(|quantized| kept(&quantized.indices) == kept(expected)).expect("a seed that keeps as many levels")
 }
 
 #[test]
 fn quantizers_equal_vector_quantize_pytorch_in_tokens_indices_loss_and_every_gradient() {
     for (case, (config, loss_times)) in cases() {
         let expected = expected(&case);
-        let (quantizer, codebook) = identity(&config, expected.get("weight.codebook"));
+        let trained = Trained::new(&config, &identity(&config, &expected));
         let features = Var::from_tensor(&expected["features"]).unwrap();
+        trained.set(trained.quantizer.first(|| Ok(features.as_tensor().clone()), &mut first).unwrap());
 
-        let quantized = quantize(&quantizer, &features, &expected["indices"]);
-        let loss = quantizer.loss(&quantized).unwrap();
+        let quantized = quantize(&trained.quantizer, &features, &expected["indices"]);
+        let loss = trained.quantizer.loss(&quantized).unwrap();
         let target = ((&quantized.tokens * &expected["upstream"]).unwrap().sum_all().unwrap() + &loss).unwrap();
         let grads = target.backward().unwrap();
 
@@ -60,14 +62,42 @@ fn quantizers_equal_vector_quantize_pytorch_in_tokens_indices_loss_and_every_gra
         let mut worst = assert_close(&format!("{case}: tokens"), &quantized.tokens, &expected["tokens"], PARITY);
         let expected_loss = (&expected["loss"] * loss_times).unwrap();
         worst = worst.max(assert_close(&format!("{case}: loss"), &loss, &expected_loss, PARITY));
-        let variables = [("features", Some(&features)), ("codebook", codebook.as_ref())];
-        for (name, variable) in variables.into_iter().filter_map(|(name, x)| Some((name, x?))) {
+        let variables = trained.variables.iter().map(|(name, x)| (name.as_str(), x)).chain([("features", &features)]);
+        for (name, variable) in variables.filter(|(name, _)| !name.starts_with("linear_")) {
             let what = format!("{case}: gradient of {name}");
-            let got = grads.get(variable).unwrap_or_else(|| panic!("{what} is missing"));
-            worst = worst.max(assert_close(&what, got, &expected[&format!("gradient.{name}")], PARITY));
+            match (grads.get(variable), expected.get(&format!("gradient.{name}"))) {
+                (Some(got), Some(expected)) => worst = worst.max(assert_close(&what, got, expected, PARITY)),
+                (None, Some(_)) => panic!("{what} is missing"),
+                (Some(_), None) => panic!("{what} exists, but the tensor is frozen"),
+                (None, None) => assert!(config.is_frozen(name) || config.is_average(name), "{what} is missing"),
+            }
         }
         say(&format!("{case}: {worst:.1e}"));
     }
+}
+
+#[test]
+fn three_steps_of_every_levels_moving_averages_equal_vector_quantize_pytorch() {
+    let mut compared = 0;
+    for (case, (config, _)) in cases() {
+        let expected = expected(&case);
+        if !expected.keys().any(|name| name.starts_with("after.")) {
+            continue;
+        }
+        let trained = Trained::new(&config, &identity(&config, &expected));
+        for step in 0..3 {
+            let name = if step == 0 { "features".to_string() } else { format!("features.{step}") };
+            trained.set(trained.quantizer.first(|| Ok(expected[&name].clone()), &mut first).unwrap());
+            trained.update(&expected[&name]);
+            for (name, average) in trained.variables.iter().filter(|(name, _)| config.is_average(name)) {
+                let what = format!("{case}: {name} after step {step}");
+                assert_close(&what, average, &expected[&format!("after.{step}.{name}")], PARITY);
+                compared += 1;
+            }
+        }
+    }
+    // Codebooks of the cases with moving averages, three tensors each, three steps.
+    assert_eq!(compared, (3 + 2 + 2 + 1 + 2 + 4) * 3 * 3);
 }
 
 /// Fresh weights between features 6 wide and tokens 5 wide, with projections that use all of their input.
@@ -105,7 +135,7 @@ fn looking_codes_up_gives_the_tokens_of_quantising_bit_for_bit() {
 #[test]
 fn every_code_is_listed_in_the_codebook() {
     for (case, (config, _)) in cases() {
-        let (quantizer, _) = identity(&config, expected(&case).get("weight.codebook"));
+        let quantizer = load(&config, identity(&config, &expected(&case)));
         let codebook = quantizer.codebook().unwrap();
         if config.codes_per_token() == 1 {
             let all = Tensor::arange(0u32, config.codebook_size() as u32, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
@@ -118,20 +148,17 @@ fn every_code_is_listed_in_the_codebook() {
 
 #[test]
 fn dropout_follows_the_seed_and_only_in_training() {
-    let config = r#"{"type":"residual","levels":4,"codebook_size":9,"codebook_dim":3,"quantize_dropout":true}"#;
+    let config =
+        r#"{"type":"residual","levels":4,"level":{"codebook_size":9,"codebook_dim":3},"quantize_dropout":true}"#;
     let config: quantizer::Config = serde_json::from_str(config).unwrap();
     let vb = VarBuilder::from_tensors(fresh(&config).into_iter().collect(), DType::F32, &Device::Cpu);
     let quantizer = Quantizer::load(vb, &config, 6, 5).unwrap();
     let features = noise("features", &[1, 8, 6]);
-    let kept = |quantized: &Quantized| {
-        let first = quantized.indices.get(0).unwrap().get(0).unwrap().to_vec1::<u32>().unwrap();
-        first.iter().filter(|&&index| index != DROPPED).count()
-    };
-    let of = |seed| kept(&quantizer.quantize_in_training(&features, seed).unwrap());
+    let of = |seed| kept(&quantizer.quantize_in_training(&features, seed).unwrap().indices);
     let all: Vec<usize> = (0..40).map(of).collect();
     assert_eq!(all, (0..40).map(of).collect::<Vec<_>>());
     assert!((1..=4).all(|levels| all.contains(&levels)), "{all:?}");
-    assert_eq!(kept(&quantizer.quantize(&features).unwrap()), 4);
+    assert_eq!(kept(&quantizer.quantize(&features).unwrap().indices), 4);
     assert!(quantizer.loss(&quantizer.quantize_in_training(&features, 0).unwrap()).is_ok());
 }
 
@@ -143,11 +170,15 @@ const IN_MODELS: [(&str, &str, usize); 9] = [
     ("fsq, symmetric", r#"{"type":"fsq","levels":[2,4,6],"preserve_symmetry":true}"#, 1),
     ("lfq", r#"{"type":"lfq","codebook_dim":14}"#, 1),
     ("bsq", r#"{"type":"lfq","codebook_dim":31,"spherical":true}"#, 1),
-    ("residual", r#"{"type":"residual","levels":3,"codebook_size":20,"codebook_dim":8,"quantize_dropout":true}"#, 3),
+    (
+        "residual",
+        r#"{"type":"residual","levels":3,"level":{"codebook_size":20,"codebook_dim":8},"quantize_dropout":true}"#,
+        3,
+    ),
     ("product", r#"{"type":"product","groups":4}"#, 4),
     (
         "product of residuals",
-        r#"{"type":"product","groups":2,"group":{"levels":3,"codebook_size":20,"codebook_dim":5,"shared_codebook":true}}"#,
+        r#"{"type":"product","groups":2,"group":{"levels":3,"level":{"codebook_size":20,"codebook_dim":5},"shared_codebook":true}}"#,
         6,
     ),
 ];
@@ -281,9 +312,12 @@ fn configs_that_make_no_sense_are_refused() {
         (r#"{"type":"lfq","scale":0}"#, "scale is 0"),
         (r#"{"type":"residual","levels":0}"#, "levels is 0"),
         (r#"{"type":"residual","levels":2,"dropout_cutoff":2}"#, "dropout_cutoff is 2"),
-        (r#"{"type":"residual","commitment_cost":-1}"#, "commitment_cost is -1"),
+        (r#"{"type":"residual","level":{"commitment_cost":-1}}"#, "commitment_cost is -1"),
+        (r#"{"type":"residual","level":{"metric":"hsq"}}"#, "metric is `hsq`"),
+        (r#"{"type":"residual","level":{"norm":"layer_norm"}}"#, "set norm beside level"),
+        (r#"{"type":"lfq","spherical":true,"norm":"scale"}"#, "norm `scale` changes nothing"),
         (r#"{"type":"product","groups":0}"#, "groups is 0"),
-        (r#"{"type":"product","group":{"codebook_dim":0}}"#, "codebook_dim is 0"),
+        (r#"{"type":"product","group":{"level":{"codebook_dim":0}}}"#, "codebook_dim is 0"),
     ] {
         let mut json: serde_json::Value = serde_json::from_str(&config(IN_MODELS[0].1).to_json().unwrap()).unwrap();
         json["quantizer"] = serde_json::from_str(quantizer).unwrap();

@@ -275,8 +275,9 @@ fn every_quantizer_trains_and_goes_on_from_a_checkpoint_to_the_same_bits() {
         r#"{type="fsq",levels=[5,5,4]}"#,
         r#"{type="lfq",codebook_dim=12,commitment_cost=0.25}"#,
         r#"{type="lfq",codebook_dim=6,spherical=true}"#,
-        r#"{type="residual",levels=4,codebook_size=16,codebook_dim=6,quantize_dropout=true}"#,
-        r#"{type="product",groups=2,group={levels=2,codebook_size=16,codebook_dim=4,metric="cosine",quantize_dropout=true}}"#,
+        r#"{type="residual",levels=4,level={codebook_size=16,codebook_dim=6},quantize_dropout=true}"#,
+        r#"{type="residual",levels=2,level={codebook_size=16,codebook_dim=6,ema={threshold_ema_dead_code=0.5},init="kmeans"}}"#,
+        r#"{type="product",groups=2,group={levels=2,level={codebook_size=16,codebook_dim=4,metric="cosine"},quantize_dropout=true}}"#,
     ]
     .into_iter()
     .enumerate()

@@ -26,13 +26,13 @@ fn cases() -> Vec<(String, Config, HashMap<String, Tensor>)> {
 }
 
 /// A quantizer whose weights are all variables.
-struct Trained {
-    quantizer: Quantizer,
-    variables: BTreeMap<String, Var>,
+pub(crate) struct Trained {
+    pub(crate) quantizer: Quantizer,
+    pub(crate) variables: BTreeMap<String, Var>,
 }
 
 impl Trained {
-    fn new(config: &Config, weights: &HashMap<String, Tensor>) -> Self {
+    pub(crate) fn new(config: &Config, weights: &HashMap<String, Tensor>) -> Self {
         let variable = |(name, x): (&String, &Tensor)| (name.clone(), Var::from_tensor(x).unwrap());
         let variables: BTreeMap<String, Var> = weights.iter().map(variable).collect();
         let tensors = variables.iter().map(|(name, x)| (name.clone(), x.as_tensor().clone())).collect();
@@ -40,32 +40,32 @@ impl Trained {
         Self { quantizer, variables }
     }
 
-    fn set(&self, tensors: Tensors) {
+    pub(crate) fn set(&self, tensors: Tensors) {
         for (name, tensor) in tensors {
             self.variables[&name].set(&tensor).unwrap();
         }
     }
 
     /// A training step of the moving averages, whose random choices take the first ones.
-    fn update(&self, features: &Tensor) {
+    pub(crate) fn update(&self, features: &Tensor) {
         let quantized = self.quantizer.quantize(features).unwrap();
         self.set(self.quantizer.update(&quantized, &mut first).unwrap());
     }
 }
 
-fn load(config: &Config, tensors: HashMap<String, Tensor>) -> Quantizer {
+pub(crate) fn load(config: &Config, tensors: HashMap<String, Tensor>) -> Quantizer {
     let width = |name: &str, side: usize| tensors[name].dim(side).unwrap();
     let (width_in, width_out) = (width("linear_in.weight", 1), width("linear_out.weight", 0));
     let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
     Quantizer::load(vb, config, width_in, width_out).unwrap()
 }
 
-fn first(_: usize, amount: usize) -> Vec<usize> {
+pub(crate) fn first(_: usize, amount: usize) -> Vec<usize> {
     (0..amount).collect()
 }
 
 /// The tensors of a case that stand below `weight.`.
-fn weights(case: &HashMap<String, Tensor>) -> HashMap<String, Tensor> {
+pub(crate) fn weights(case: &HashMap<String, Tensor>) -> HashMap<String, Tensor> {
     case.iter().filter_map(|(name, x)| Some((name.strip_prefix("weight.")?.to_string(), x.clone()))).collect()
 }
 
@@ -257,6 +257,8 @@ fn a_config_that_makes_no_sense_is_refused_by_its_key() {
         (r#""ema":{"reset_cluster_size":-1.0}"#, "ema.reset_cluster_size"),
         (r#""metric":"hsq","ema":{}"#, "hsq"),
         (r#""metric":"cosine","norm":"scale""#, "scale"),
+        (r#""ema":{},"train_codebook":false"#, "train_codebook"),
+        (r#""entropy":{"temperature":0.0}"#, "entropy.temperature"),
         (r#""codebook_size":0"#, "codebook_size"),
         (r#""commitment_cost":-1.0"#, "commitment_cost"),
     ] {

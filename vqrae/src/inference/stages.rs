@@ -1,12 +1,14 @@
 //! Encoder, quantizer and decoder with packed weights, an image at a time.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use vqrae_kernels as kernels;
 use vqrae_kernels::cpu::{Element, End, Isa, Matrix};
 
 use super::layers::{Linear, Norm, Vit, values};
-use crate::quantizer::{Parts, Quantized};
+use crate::quantizer::{Bottleneck, Quantized};
 use crate::vit::Positions;
 use crate::{decoder, encoder, ops, quantizer};
 
@@ -156,12 +158,12 @@ impl FeatureNorm {
 enum Search {
     /// One codebook, prepared once: SimVQ and VQ.
     Codebook {
-        search: kernels::Codebook,
+        search: Box<kernels::Codebook>,
         /// The codes with their length, where the search compares without it and the decoder sees it.
         codes: Option<Vec<f32>>,
     },
-    /// Every other quantizer, as tensors of f32.
-    Tensors(quantizer::Quantizer),
+    /// Every other quantizer, on tensors of f32.
+    Tensors(Arc<dyn Bottleneck>),
 }
 
 impl<T: Element> Quantizer<T> {
@@ -172,24 +174,18 @@ impl<T: Element> Quantizer<T> {
         width_out: usize,
         isa: Isa,
     ) -> Result<Self> {
-        let quantizer = quantizer::Quantizer::load(vb, config, width_in, width_out)?;
-        let (linear_in, norm, linear_out) = match quantizer.parts() {
-            Parts::SimVq(parts) => (&parts.body.linear_in, &parts.body.norm, &parts.body.linear_out),
-            Parts::Vq(parts) => (&parts.body.linear_in, &parts.body.norm, &parts.body.linear_out),
-            Parts::Between(linear_in, _, linear_out) => (linear_in, &quantizer::FeatureNorm::None, linear_out),
-        };
-        let (linear_in, linear_out) = (Linear::pack(linear_in, isa)?, Linear::pack(linear_out, isa)?);
-        let (norm, e) = (FeatureNorm::of(norm)?, config.codebook_dim());
-        let (metric, search) = match (quantizer, config) {
-            (quantizer::Quantizer::SimVq(parts), quantizer::Config::SimVq(config)) => {
-                (config.metric, codebook(transformed(&parts, isa)?, e, config.metric)?)
-            }
-            (quantizer::Quantizer::Vq(parts), quantizer::Config::Vq(config)) => {
-                (config.metric, codebook(values(&parts.codebook)?, e, config.metric)?)
-            }
-            (quantizer, _) => (quantizer::Metric::Euclidean, Search::Tensors(quantizer)),
-        };
-        Ok(Self { linear_in, norm, unit: metric == quantizer::Metric::Cosine, search, linear_out })
+        let quantizer::Quantizer { linear_in, norm, inner, linear_out } =
+            quantizer::Quantizer::load(vb, config, width_in, width_out)?;
+        Ok(Self {
+            linear_in: Linear::pack(&linear_in, isa)?,
+            norm: FeatureNorm::of(&norm)?,
+            unit: inner.table().is_some_and(|table| table.metric() == quantizer::Metric::Cosine),
+            linear_out: Linear::pack(&linear_out, isa)?,
+            search: match inner.table() {
+                Some(table) => codebook(table, isa)?,
+                None => Search::Tensors(inner),
+            },
+        })
     }
 
     /// The vectors that the decoder sees, `[K, e]`.
@@ -199,7 +195,7 @@ impl<T: Element> Quantizer<T> {
                 let rows = codes.as_deref().unwrap_or_else(|| search.rows());
                 tensor(rows.to_vec(), &[search.len(), search.width()])
             }
-            Search::Tensors(quantizer) => quantizer.codebook(),
+            Search::Tensors(inner) => inner.codebook(),
         }
     }
 
@@ -234,7 +230,7 @@ impl<T: Element> Quantizer<T> {
                 let codes = tensor(self.embed(&indices)?, &[b, n, e])?;
                 Ok(Quantized { tokens: codes.clone(), indices, projected, codes })
             }
-            Search::Tensors(quantizer) => inner(quantizer)?.quantize(&tensor(projected, &[b, n, e])?, None),
+            Search::Tensors(inner) => inner.quantize(&tensor(projected, &[b, n, e])?, None),
         }
     }
 
@@ -244,7 +240,7 @@ impl<T: Element> Quantizer<T> {
     /// - indices: u32 `[B, N]`, with C > 1 codes a token `[B, N, C]`
     pub(super) fn embed(&self, indices: &Tensor) -> Result<Vec<f32>> {
         let (search, rows) = match &self.search {
-            Search::Tensors(quantizer) => return array(&inner(quantizer)?.lookup(indices)?),
+            Search::Tensors(inner) => return array(&inner.lookup(indices)?),
             Search::Codebook { search, codes } => (search, codes.as_deref().unwrap_or_else(|| search.rows())),
         };
         indices.dims2()?;
@@ -274,29 +270,25 @@ impl<T: Element> Quantizer<T> {
     }
 }
 
-/// What stands between the projections of a quantizer that is held as tensors.
-fn inner(quantizer: &quantizer::Quantizer) -> Result<&dyn quantizer::Bottleneck> {
-    match quantizer.parts() {
-        Parts::Between(_, inner, _) => Ok(inner),
-        Parts::SimVq(_) | Parts::Vq(_) => candle_core::bail!("one codebook is searched in its packed form"),
-    }
-}
-
-/// Codes `[K, e]`, prepared for searching.
-fn codebook(codes: Vec<f32>, e: usize, metric: quantizer::Metric) -> Result<Search> {
-    let with_length = (metric == quantizer::Metric::Hsq).then(|| codes.clone());
-    let search = kernels::Codebook::new(codes, e, metric.ranking()).map_err(candle_core::Error::wrap)?;
-    Ok(Search::Codebook { search, codes: with_length })
+/// A table's codes, prepared for searching.
+fn codebook(table: &quantizer::Table, isa: Isa) -> Result<Search> {
+    let e = table.codebook.dim(1)?;
+    let codes = match &table.transform {
+        None => values(&table.codebook)?,
+        Some(transform) => transformed(&table.codebook, &Linear::of(&transform.weight, transform.bias.as_ref(), isa)?)?,
+    };
+    let with_length = (table.metric() == quantizer::Metric::Hsq).then(|| codes.clone());
+    let search = kernels::Codebook::new(codes, e, table.metric().ranking()).map_err(candle_core::Error::wrap)?;
+    Ok(Search::Codebook { search: Box::new(search), codes: with_length })
 }
 
 /// Ĉ = C Wᵀ (+ w), in f32 whatever the rest computes in, and in an order of sums that most processors share.
-fn transformed(parts: &quantizer::SimVq, isa: Isa) -> Result<Vec<f32>> {
+fn transformed(codebook: &Tensor, layer: &Linear<f32>) -> Result<Vec<f32>> {
     /// Codes at a time, so that no second codebook stands in memory.
     const CODES: usize = 1024;
-    let layer = Linear::<f32>::of(&parts.transform, parts.transform_bias.as_ref(), isa)?;
     let width = layer.width();
-    let mut codes = Vec::with_capacity(parts.codebook.elem_count());
-    for rows in values(&parts.codebook)?.chunks(CODES * width) {
+    let mut codes = Vec::with_capacity(codebook.elem_count());
+    for rows in values(codebook)?.chunks(CODES * width) {
         let mut x = Matrix::new(rows.len() / width, width);
         rows.chunks_exact(width).enumerate().for_each(|(i, row)| x.set_row(i, row));
         let mut out = Matrix::new(x.rows(), width);

@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 use vqrae_kernels as kernels;
 
-use super::common::{Metric, unit, unit_above};
+use super::table::{Metric, unit_above};
 use crate::ops::composed::softmax;
 
 /// How the decoder's gradient reaches features (and, for IBQ, codes).
@@ -107,21 +107,10 @@ fn distance(x: &[f32], c: &[f32]) -> f64 {
     x.iter().zip(c).map(|(&x, &c)| (f64::from(x) - f64::from(c)).powi(2)).sum()
 }
 
-/// Codes weighed by the softmax of their scores; the gradient reaches them through the scores alone.
-///
-/// The scores are IBQ's products h·c, less ‖c‖²/2 where the nearest code is meant, so that the chosen code always has the
-/// largest one. By angle, c is taken at length one.
+/// Codes weighed by the softmax of their [scores](Metric::scores); the gradient reaches them through the scores alone.
 fn soft_codes(h: &Tensor, codes: &Tensor, metric: Metric) -> Result<Tensor> {
     let (b, n, e) = h.dims3()?;
-    let h = h.reshape((b * n, e))?;
-    let scores = match metric {
-        Metric::Euclidean => {
-            let half = (codes.sqr()?.sum_keepdim(1)?.t()? * 0.5)?; // [1,K]
-            h.matmul(&codes.t()?)?.broadcast_sub(&half)?
-        }
-        Metric::Cosine => h.matmul(&codes.t()?)?,
-        Metric::Hsq => h.matmul(&unit(codes)?.t()?)?,
-    };
+    let scores = metric.scores(&h.reshape((b * n, e))?, codes)?;
     softmax(&scores)?.matmul(&codes.detach())?.reshape((b, n, e))
 }
 
@@ -129,7 +118,7 @@ fn soft_codes(h: &Tensor, codes: &Tensor, metric: Metric) -> Result<Tensor> {
 mod tests {
     use candle_core::{Device, Var};
 
-    use super::super::common::{Prepared, gather};
+    use super::super::table::{Choices, Table};
     use super::*;
 
     fn vector(x: &Tensor) -> Vec<f32> {
@@ -145,11 +134,9 @@ mod tests {
     ) -> (Vec<f32>, Vec<f32>) {
         let features = Var::new(features, &Device::Cpu).unwrap();
         let codes = Tensor::new(codes, &Device::Cpu).unwrap();
-        let prepared = Prepared::new(codes, Metric::Euclidean).unwrap();
-        let h = features.unsqueeze(0).unwrap();
-        let indices = prepared.nearest(&h).unwrap();
-        let chosen = gather(&prepared.codes, &indices).unwrap();
-        let tokens = gradient.pass(&h, &indices, &chosen, &prepared.codes, Metric::Euclidean).unwrap();
+        let (metric, entropy) = (Metric::Euclidean, None);
+        let choices = Choices { metric, gradient, learns: true, codebook_cost: 1.0, commitment_cost: 1.0, entropy };
+        let tokens = Table::new(codes, None, choices).choose(&features.unsqueeze(0).unwrap()).unwrap().tokens;
         let g = Tensor::new(&[[g]], &Device::Cpu).unwrap();
         let grads = tokens.broadcast_mul(&g).unwrap().sum_all().unwrap().backward().unwrap();
         (vector(&tokens), vector(grads.get(&features).unwrap()))

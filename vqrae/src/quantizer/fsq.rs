@@ -13,10 +13,11 @@
 //! vector-quantize-pytorch's `FSQ`.
 
 use candle_core::{DType, Result, Tensor};
+use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
-use super::Quantized;
-use super::shared::{self, Bottleneck};
+use super::bottleneck::{self, Bottleneck, Settings};
+use super::{Norm, Quantized, is_default};
 
 /// ε: keeps the outermost levels within the reach of tanh.
 const MARGIN: f32 = 1e-3;
@@ -29,22 +30,33 @@ pub struct FsqConfig {
     pub levels: Vec<usize>,
     /// Whether levels lie symmetrically around 0 for even numbers too.
     pub preserve_symmetry: bool,
+    /// What brings features to a fixed scale after `linear_in`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub norm: Norm,
 }
 
 impl Default for FsqConfig {
     fn default() -> Self {
-        Self { levels: vec![8, 8, 8, 6, 5], preserve_symmetry: false }
+        Self { levels: vec![8, 8, 8, 6, 5], preserve_symmetry: false, norm: Norm::default() }
     }
 }
 
-impl FsqConfig {
-    /// Number K of codes: the product of the levels.
-    pub fn codebook_size(&self) -> usize {
+impl Settings for FsqConfig {
+    /// The product of the levels.
+    fn codebook_size(&self) -> usize {
         self.levels.iter().product()
     }
 
-    pub(super) fn check(&self) -> std::result::Result<(), String> {
-        shared::check_size("the number of levels", self.levels.len(), 64)?;
+    fn width(&self) -> usize {
+        self.levels.len()
+    }
+
+    fn norm(&self) -> Norm {
+        self.norm
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        bottleneck::check_size("the number of levels", self.levels.len(), 64)?;
         for (i, &levels) in self.levels.iter().enumerate() {
             if levels < 2 {
                 return Err(format!("quantizer: levels[{i}] is {levels}, expected: 2 or more"));
@@ -55,13 +67,17 @@ impl FsqConfig {
                 ));
             }
         }
-        shared::implicit_size(self.levels.iter().copied(), "take fewer or smaller levels").map(|_| ())
+        bottleneck::implicit_size(self.levels.iter().copied(), "take fewer or smaller levels").map(|_| ())
+    }
+
+    fn load(&self, _: VarBuilder) -> Result<Box<dyn Bottleneck>> {
+        Ok(Box::new(Fsq::new(self)))
     }
 }
 
-/// An FSQ between its projections. It has no weights of its own.
+/// An FSQ. It has no weights of its own.
 #[derive(Debug, Clone)]
-pub struct Fsq {
+pub(super) struct Fsq {
     dimensions: Vec<Dimension>,
     size: usize,
     preserve_symmetry: bool,
@@ -108,7 +124,7 @@ impl Dimension {
 
 impl Fsq {
     /// Of a checked config.
-    pub fn new(config: &FsqConfig) -> Self {
+    pub(super) fn new(config: &FsqConfig) -> Self {
         let preserve_symmetry = config.preserve_symmetry;
         let dimensions = config.levels.iter().map(|&levels| Dimension::new(levels, preserve_symmetry)).collect();
         Self { dimensions, size: config.codebook_size(), preserve_symmetry }
@@ -145,22 +161,22 @@ impl Fsq {
 impl Bottleneck for Fsq {
     fn quantize(&self, h: &Tensor, _: Option<u64>) -> Result<Quantized> {
         let (b, n, e) = h.dims3()?;
-        shared::finite(h)?;
+        bottleneck::finite(h)?;
         let bounded = self.bounded(h)?;
         let values = bounded.flatten_all()?.to_vec1::<f32>()?;
         let indices: Vec<u32> = values.chunks_exact(e).map(|row| self.index(row)).collect();
         let indices = Tensor::from_vec(indices, (b, n), h.device())?;
         let codes = self.lookup(&indices)?;
         let steps = bounded.broadcast_mul(&self.row(h, |d| d.step)?)?;
-        let tokens = shared::straight_through(&steps, &codes)?;
+        let tokens = bottleneck::straight_through(&steps, &codes)?;
         Ok(Quantized { tokens, indices, projected: h.clone(), codes })
     }
 
     fn lookup(&self, indices: &Tensor) -> Result<Tensor> {
-        let indices = shared::columns(indices, 1)?.swap_remove(0);
+        let indices = bottleneck::columns(indices, 1)?.swap_remove(0);
         let (b, n) = indices.dims2()?;
         let flat = indices.flatten_all()?.to_vec1::<u32>()?;
-        shared::check_range(flat.iter().copied(), self.size)?;
+        bottleneck::check_range(flat.iter().copied(), self.size)?;
         let codes: Vec<f32> = flat.into_iter().flat_map(|index| self.code(index)).collect();
         Tensor::from_vec(codes, (b, n, self.dimensions.len()), indices.device())
     }
@@ -171,8 +187,8 @@ impl Bottleneck for Fsq {
     }
 
     fn codebook(&self) -> Result<Tensor> {
-        shared::check_listing(self.size, self.dimensions.len())?;
-        self.lookup(&shared::every(self.size)?)?.squeeze(0)
+        bottleneck::check_listing(self.size, self.dimensions.len())?;
+        self.lookup(&bottleneck::every(self.size)?)?.squeeze(0)
     }
 }
 
@@ -183,7 +199,7 @@ mod tests {
     use super::*;
 
     fn fsq(levels: &[usize], preserve_symmetry: bool) -> Fsq {
-        let config = FsqConfig { levels: levels.to_vec(), preserve_symmetry };
+        let config = FsqConfig { levels: levels.to_vec(), preserve_symmetry, ..FsqConfig::default() };
         config.check().unwrap();
         Fsq::new(&config)
     }
@@ -229,12 +245,12 @@ mod tests {
     #[test]
     fn levels_that_cannot_be_are_refused() {
         let refused = |levels: &[usize]| {
-            FsqConfig { levels: levels.to_vec(), preserve_symmetry: false }.check().expect_err("should be refused")
+            FsqConfig { levels: levels.to_vec(), ..FsqConfig::default() }.check().expect_err("should be refused")
         };
         assert!(refused(&[]).contains("number of levels"));
         assert!(refused(&[5, 1]).contains("levels[1] is 1"));
         assert!(refused(&[2]).contains("preserve_symmetry"));
         assert!(refused(&[1 << 16, 1 << 15, 3]).contains("take fewer or smaller levels"));
-        assert_eq!(FsqConfig { levels: vec![1 << 16, 1 << 15], preserve_symmetry: false }.check(), Ok(()));
+        assert_eq!(FsqConfig { levels: vec![1 << 16, 1 << 15], ..FsqConfig::default() }.check(), Ok(()));
     }
 }

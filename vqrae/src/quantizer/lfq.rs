@@ -14,11 +14,14 @@
 //! those of vector-quantize-pytorch's `LFQ`; beyond `entropy_bits` the entropies are sums over groups of bits, as BSQ's
 //! authors take them, since p over 2^18 codes would not fit the memory.
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
-use super::Quantized;
-use super::shared::{self, Bottleneck};
+use super::bottleneck::{self, Bottleneck, Settings};
+use super::entropy::entropies;
+use super::table::unit;
+use super::{Norm, Quantized, is_default};
 
 /// The most bits whose 2^bits probabilities of every token are held at once.
 const MOST_ENTROPY_BITS: usize = 16;
@@ -43,6 +46,9 @@ pub struct LfqConfig {
     pub entropy_bits: usize,
     /// β, the weight of the commitment term.
     pub commitment_cost: f64,
+    /// What brings features to a fixed scale after `linear_in`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub norm: Norm,
 }
 
 impl Default for LfqConfig {
@@ -56,33 +62,47 @@ impl Default for LfqConfig {
             inverse_temperature: 100.0,
             entropy_bits: 10,
             commitment_cost: 0.0,
+            norm: Norm::default(),
         }
     }
 }
 
-impl LfqConfig {
-    /// Number K of codes, 2^e.
-    pub fn codebook_size(&self) -> usize {
+impl Settings for LfqConfig {
+    /// 2^e.
+    fn codebook_size(&self) -> usize {
         1 << self.codebook_dim
     }
 
-    pub(super) fn check(&self) -> std::result::Result<(), String> {
-        shared::check_size("codebook_dim", self.codebook_dim, 1 << 10)?;
-        shared::implicit_size((0..self.codebook_dim).map(|_| 2), "set codebook_dim to 31 or less")?;
-        shared::check_size("entropy_bits", self.entropy_bits, MOST_ENTROPY_BITS)?;
+    fn width(&self) -> usize {
+        self.codebook_dim
+    }
+
+    fn norm(&self) -> Norm {
+        self.norm
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        bottleneck::check_size("codebook_dim", self.codebook_dim, 1 << 10)?;
+        bottleneck::implicit_size((0..self.codebook_dim).map(|_| 2), "set codebook_dim to 31 or less")?;
+        bottleneck::check_size("entropy_bits", self.entropy_bits, MOST_ENTROPY_BITS)?;
         if !self.scale.is_finite() || self.scale <= 0.0 {
             return Err(format!("quantizer: scale is {}, expected: more than 0", self.scale));
         }
-        shared::check_cost("entropy_weight", self.entropy_weight)?;
-        shared::check_cost("diversity_gamma", self.diversity_gamma)?;
-        shared::check_cost("inverse_temperature", self.inverse_temperature)?;
-        shared::check_cost("commitment_cost", self.commitment_cost)
+        bottleneck::check_cost("entropy_weight", self.entropy_weight)?;
+        bottleneck::check_cost("diversity_gamma", self.diversity_gamma)?;
+        bottleneck::check_cost("inverse_temperature", self.inverse_temperature)?;
+        bottleneck::check_cost("commitment_cost", self.commitment_cost)?;
+        bottleneck::check_scale(self.norm, self.spherical, "spherical = true")
+    }
+
+    fn load(&self, _: VarBuilder) -> Result<Box<dyn Bottleneck>> {
+        Ok(Box::new(Lfq::new(self)))
     }
 }
 
-/// An LFQ or BSQ between its projections. It has no weights of its own.
+/// An LFQ or BSQ. It has no weights of its own.
 #[derive(Debug, Clone)]
-pub struct Lfq {
+pub(super) struct Lfq {
     config: LfqConfig,
     /// The magnitude of a code's elements.
     magnitude: f32,
@@ -90,7 +110,7 @@ pub struct Lfq {
 
 impl Lfq {
     /// Of a checked config.
-    pub fn new(config: &LfqConfig) -> Self {
+    pub(super) fn new(config: &LfqConfig) -> Self {
         let shrink = if config.spherical { (config.codebook_dim as f64).sqrt() } else { 1.0 };
         Self { config: config.clone(), magnitude: (config.scale / shrink) as f32 }
     }
@@ -109,38 +129,30 @@ impl Lfq {
             let h = h.narrow(1, first, bits)?.contiguous()?;
             let codes: Vec<f32> = (0..1u32 << bits).flat_map(|index| self.code(index, bits)).collect();
             let codes = Tensor::from_vec(codes, (1 << bits, bits), &Device::Cpu)?.to_device(h.device())?;
-            let logits = (h.matmul(&codes.t()?)? * (2.0 * self.config.inverse_temperature))?;
-            let p = candle_nn::ops::softmax(&logits, D::Minus1)?; // [M, 2^bits]
-            let of_tokens = entropy(&p)?.mean_all()?;
-            let of_mean = entropy(&p.mean(0)?)?;
-            total = (total + (of_tokens - (of_mean * self.config.diversity_gamma)?)?)?;
+            let logits = (h.matmul(&codes.t()?)? * (2.0 * self.config.inverse_temperature))?; // [M, 2^bits]
+            total = (total + entropies(&logits, self.config.diversity_gamma)?)?;
         }
         Ok(total)
     }
 }
 
-/// −Σ p ln p over the last dimension, where ln sees at least 1e-5.
-fn entropy(p: &Tensor) -> Result<Tensor> {
-    (p * p.maximum(1e-5)?.log()?)?.sum(D::Minus1)?.neg()
-}
-
 impl Bottleneck for Lfq {
     fn quantize(&self, h: &Tensor, _: Option<u64>) -> Result<Quantized> {
         let (b, n, e) = h.dims3()?;
-        let projected = if self.config.spherical { (shared::unit(h)? * self.config.scale)? } else { h.clone() };
+        let projected = if self.config.spherical { (unit(h)? * self.config.scale)? } else { h.clone() };
         let index = |row: &[f32]| row.iter().fold(0u32, |index, &x| (index << 1) | u32::from(x > 0.0));
-        let indices: Vec<u32> = shared::finite(&projected)?.chunks_exact(e).map(index).collect();
+        let indices: Vec<u32> = bottleneck::finite(&projected)?.chunks_exact(e).map(index).collect();
         let indices = Tensor::from_vec(indices, (b, n), h.device())?;
         let codes = self.lookup(&indices)?;
-        let tokens = shared::straight_through(&projected, &codes)?;
+        let tokens = bottleneck::straight_through(&projected, &codes)?;
         Ok(Quantized { tokens, indices, projected, codes })
     }
 
     fn lookup(&self, indices: &Tensor) -> Result<Tensor> {
-        let indices = shared::columns(indices, 1)?.swap_remove(0);
+        let indices = bottleneck::columns(indices, 1)?.swap_remove(0);
         let (b, n) = indices.dims2()?;
         let flat = indices.flatten_all()?.to_vec1::<u32>()?;
-        shared::check_range(flat.iter().copied(), self.config.codebook_size())?;
+        bottleneck::check_range(flat.iter().copied(), self.config.codebook_size())?;
         let e = self.config.codebook_dim;
         let codes: Vec<f32> = flat.into_iter().flat_map(|index| self.code(index, e)).collect();
         Tensor::from_vec(codes, (b, n, e), indices.device())
@@ -160,8 +172,8 @@ impl Bottleneck for Lfq {
 
     fn codebook(&self) -> Result<Tensor> {
         let k = self.config.codebook_size();
-        shared::check_listing(k, self.config.codebook_dim)?;
-        self.lookup(&shared::every(k)?)?.squeeze(0)
+        bottleneck::check_listing(k, self.config.codebook_dim)?;
+        self.lookup(&bottleneck::every(k)?)?.squeeze(0)
     }
 }
 

@@ -12,27 +12,36 @@
 //! **Shapes.** Indices are u32 `[B, N]` where C is 1 and `[B, N, C]` else; of an image `[h, w]` and `[h, w, C]`, in raster
 //! order. Of several codes, those of a group stand together, the coarsest level first.
 
-mod common;
+mod average;
+mod bottleneck;
+mod entropy;
 mod estimator;
 mod fsq;
 pub mod kmeans;
 mod lfq;
+mod norm;
 mod product;
 mod residual;
-mod shared;
 mod simvq;
+mod table;
 mod vq;
 
-pub(crate) use common::FeatureNorm;
-pub use common::{Metric, Norm};
+pub use average::EmaConfig;
+pub use bottleneck::{Bottleneck, DROPPED, Settings};
+pub use entropy::EntropyConfig;
 pub use estimator::Gradient;
-pub use fsq::{Fsq, FsqConfig};
-pub use lfq::{Lfq, LfqConfig};
-pub use product::{Product, ProductConfig};
-pub use residual::{Residual, ResidualConfig};
-pub use shared::{Between, Bottleneck, DROPPED};
-pub use simvq::{SimVq, SimVqConfig, TransformInit};
-pub use vq::{CodebookInit, EmaConfig, Vq, VqConfig};
+pub use fsq::FsqConfig;
+pub use lfq::LfqConfig;
+pub(crate) use norm::FeatureNorm;
+pub use norm::Norm;
+pub use product::ProductConfig;
+pub use residual::ResidualConfig;
+pub use simvq::{SimVqConfig, TransformInit};
+pub use table::{Metric, Table};
+pub use vq::{CodebookInit, VqConfig};
+
+use std::ops::Deref;
+use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
@@ -42,7 +51,8 @@ use crate::ops::Linear;
 use crate::weights::Tensors;
 use kmeans::Choose;
 
-/// Which quantizer, and its sizes: the `quantizer` section of `config.json`, told apart by its `type`.
+/// Which quantizer, and its sizes: the `quantizer` section of `config.json`, told apart by its `type`. What all have is in
+/// [`Settings`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum Config {
@@ -60,73 +70,29 @@ pub enum Config {
     Product(ProductConfig),
 }
 
-impl Config {
-    /// Number K of codes; with several codes a token, of each of them.
-    pub fn codebook_size(&self) -> usize {
+impl Deref for Config {
+    type Target = dyn Settings;
+
+    fn deref(&self) -> &Self::Target {
         match self {
-            Self::SimVq(config) => config.codebook_size,
-            Self::Vq(config) => config.codebook_size,
-            Self::Fsq(config) => config.codebook_size(),
-            Self::Lfq(config) => config.codebook_size(),
-            Self::Residual(config) => config.codebook_size,
-            Self::Product(config) => config.group.codebook_size,
+            Self::SimVq(config) => config,
+            Self::Vq(config) => config,
+            Self::Fsq(config) => config,
+            Self::Lfq(config) => config,
+            Self::Residual(config) => config,
+            Self::Product(config) => config,
         }
     }
+}
 
-    /// Width e of what stands between `linear_in` and `linear_out`.
-    pub fn codebook_dim(&self) -> usize {
-        match self {
-            Self::SimVq(config) => config.codebook_dim,
-            Self::Vq(config) => config.codebook_dim,
-            Self::Fsq(config) => config.levels.len(),
-            Self::Lfq(config) => config.codebook_dim,
-            Self::Residual(config) => config.codebook_dim,
-            Self::Product(config) => config.width(),
-        }
-    }
+/// Whether a config's key is at its default, and so left out of `config.json`.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
 
-    /// Number C of codes a token.
-    pub fn codes_per_token(&self) -> usize {
-        match self {
-            Self::SimVq(_) | Self::Vq(_) | Self::Fsq(_) | Self::Lfq(_) => 1,
-            Self::Residual(config) => config.levels,
-            Self::Product(config) => config.groups * config.group.levels,
-        }
-    }
-
-    /// Whether the tensor `quantizer.codebook`, if there is one, is trained.
-    pub fn trains_codebook(&self) -> bool {
-        match self {
-            Self::SimVq(config) => config.train_codebook,
-            Self::Vq(_) => true,
-            Self::Fsq(_) | Self::Lfq(_) => false,
-            Self::Residual(config) => config.train_codebook,
-            Self::Product(config) => config.group.train_codebook,
-        }
-    }
-
-    /// Whether the sizes make sense; the error names the field.
-    pub fn check(&self) -> std::result::Result<(), String> {
-        match self {
-            Self::SimVq(config) => config.check(),
-            Self::Vq(config) => config.check(),
-            Self::Fsq(config) => config.check(),
-            Self::Lfq(config) => config.check(),
-            Self::Residual(config) => config.check(),
-            Self::Product(config) => config.check(),
-        }
-    }
-
-    /// Whether a tensor, by its name below the quantizer's, never changes in training.
-    pub fn is_frozen(&self, name: &str) -> bool {
-        name == "codebook" && !self.trains_codebook()
-    }
-
-    /// Whether a tensor, by its name below the quantizer's, is a moving average, which [`Quantizer::update`] moves and no
-    /// gradient.
-    pub fn is_average(&self, name: &str) -> bool {
-        matches!(self, Self::Vq(config) if config.is_average(name))
-    }
+/// Tensors under longer names.
+fn prefixed(prefix: &str, tensors: Tensors) -> impl Iterator<Item = (String, Tensor)> {
+    tensors.into_iter().map(move |(name, tensor)| (format!("{prefix}{name}"), tensor))
 }
 
 /// What quantising features gives.
@@ -143,66 +109,27 @@ pub struct Quantized {
     pub codes: Tensor,
 }
 
-/// A quantizer with its weights.
+/// A quantizer with its weights, in f32 whatever the encoder's dtype: codes must not depend on it more than features do.
 #[derive(Debug, Clone)]
-pub enum Quantizer {
-    /// SimVQ, as the paper has it.
-    SimVq(SimVq),
-    /// VQ, whose codes learn by gradient or are moving averages.
-    Vq(Vq),
-    /// Finite scalar quantisation.
-    Fsq(Between<Fsq>),
-    /// Lookup-free quantisation, and BSQ.
-    Lfq(Between<Lfq>),
-    /// Residual quantisation.
-    Residual(Between<Residual>),
-    /// Product quantisation.
-    Product(Between<Product>),
-}
-
-/// What a quantizer is made of.
-pub(crate) enum Parts<'a> {
-    /// It does all by itself.
-    SimVq(&'a SimVq),
-    /// It does all by itself.
-    Vq(&'a Vq),
-    /// `linear_in`, what stands between, `linear_out`.
-    Between(&'a Linear, &'a dyn Bottleneck, &'a Linear),
-}
-
-impl<'a, Q: Bottleneck> From<&'a Between<Q>> for Parts<'a> {
-    fn from(around: &'a Between<Q>) -> Self {
-        Self::Between(&around.linear_in, &around.inner, &around.linear_out)
-    }
+pub struct Quantizer {
+    pub(crate) linear_in: Linear,
+    pub(crate) norm: FeatureNorm,
+    pub(crate) inner: Arc<dyn Bottleneck>,
+    pub(crate) linear_out: Linear,
 }
 
 impl Quantizer {
-    /// Loads the quantizer that `config` names, between features `width_in` wide and a decoder `width_out` wide.
+    /// Loads `linear_in`, `norm` if there is one, the tensors of the quantizer that `config` names, and `linear_out`, between
+    /// features `width_in` wide and a decoder `width_out` wide.
     pub fn load(vb: VarBuilder, config: &Config, width_in: usize, width_out: usize) -> Result<Self> {
-        let (vb, e) = (vb.to_dtype(DType::F32), config.codebook_dim());
-        Ok(match config {
-            Config::SimVq(config) => Self::SimVq(SimVq::load(vb, config, width_in, width_out)?),
-            Config::Vq(config) => Self::Vq(Vq::load(vb, config, width_in, width_out)?),
-            Config::Fsq(config) => Self::Fsq(Between::load(&vb, Fsq::new(config), e, width_in, width_out)?),
-            Config::Lfq(config) => Self::Lfq(Between::load(&vb, Lfq::new(config), e, width_in, width_out)?),
-            Config::Residual(config) => {
-                Self::Residual(Between::load(&vb, Residual::load(&vb, config)?, e, width_in, width_out)?)
-            }
-            Config::Product(config) => {
-                Self::Product(Between::load(&vb, Product::load(&vb, config)?, e, width_in, width_out)?)
-            }
+        let (vb, e) = (vb.to_dtype(DType::F32), config.width());
+        Ok(Self {
+            // First, so that what does not fit is named by the codebook and not by the layers around it.
+            inner: config.load(vb.clone())?.into(),
+            linear_in: Linear::load(vb.pp("linear_in"), width_in, e)?,
+            norm: FeatureNorm::load(vb.pp("norm"), config.norm(), e)?,
+            linear_out: Linear::load(vb.pp("linear_out"), e, width_out)?,
         })
-    }
-
-    pub(crate) fn parts(&self) -> Parts<'_> {
-        match self {
-            Self::SimVq(quantizer) => Parts::SimVq(quantizer),
-            Self::Vq(quantizer) => Parts::Vq(quantizer),
-            Self::Fsq(quantizer) => quantizer.into(),
-            Self::Lfq(quantizer) => quantizer.into(),
-            Self::Residual(quantizer) => quantizer.into(),
-            Self::Product(quantizer) => quantizer.into(),
-        }
     }
 
     /// The codes of every feature. Features that are NaN or infinite are an error.
@@ -220,15 +147,13 @@ impl Quantizer {
     }
 
     fn quantize_with(&self, features: &Tensor, dropout: Option<u64>) -> Result<Quantized> {
-        match self.parts() {
-            Parts::SimVq(quantizer) => quantizer.quantize(features),
-            Parts::Vq(quantizer) => quantizer.quantize(features),
-            Parts::Between(linear_in, inner, linear_out) => {
-                let h = linear_in.forward(&features.to_dtype(DType::F32)?)?; // [B,N,e]
-                let quantized = inner.quantize(&h, dropout)?;
-                Ok(Quantized { tokens: linear_out.forward(&quantized.tokens)?, ..quantized })
-            }
-        }
+        let quantized = self.inner.quantize(&self.project(features)?, dropout)?;
+        Ok(Quantized { tokens: self.linear_out.forward(&quantized.tokens)?, ..quantized })
+    }
+
+    /// Features `[B, N, D]` to `[B, N, e]`.
+    fn project(&self, features: &Tensor) -> Result<Tensor> {
+        self.norm.forward(self.linear_in.forward(&features.to_dtype(DType::F32)?)?)
     }
 
     /// The decoder's input for given codes: bit for bit the `tokens` of [`Quantizer::quantize`].
@@ -237,29 +162,18 @@ impl Quantizer {
     /// - indices: u32 `[B, N]`, with C > 1 codes a token `[B, N, C]`
     /// - output: `[B, N, D']`
     pub fn lookup(&self, indices: &Tensor) -> Result<Tensor> {
-        match self.parts() {
-            Parts::SimVq(quantizer) => quantizer.lookup(indices),
-            Parts::Vq(quantizer) => quantizer.lookup(indices),
-            Parts::Between(_, inner, linear_out) => linear_out.forward(&inner.lookup(indices)?),
-        }
+        self.linear_out.forward(&self.inner.lookup(indices)?)
     }
 
     /// The quantizer's training loss, a scalar.
     pub fn loss(&self, quantized: &Quantized) -> Result<Tensor> {
-        match self.parts() {
-            Parts::SimVq(quantizer) => quantizer.loss(quantized),
-            Parts::Vq(quantizer) => quantizer.loss(quantized),
-            Parts::Between(_, inner, _) => inner.loss(quantized),
-        }
+        self.inner.loss(quantized)
     }
 
     /// What a training step makes of the moving averages: new values by name, empty without any. To be called with what
     /// the step quantised, after it; `choose` draws features that replace dead codes.
     pub fn update(&self, quantized: &Quantized, choose: Choose) -> Result<Tensors> {
-        match self {
-            Self::Vq(quantizer) => quantizer.update(quantized, choose),
-            _ => Ok(Tensors::new()),
-        }
+        self.inner.update(quantized, choose)
     }
 
     /// First values, by name, of a codebook that starts from features and has not yet: to be called before the first
@@ -268,18 +182,14 @@ impl Quantizer {
     /// # Shapes
     /// - features: `[B, N, D]`
     pub fn first(&self, features: impl FnOnce() -> Result<Tensor>, choose: Choose) -> Result<Tensors> {
-        match self {
-            Self::Vq(quantizer) => quantizer.first(features, choose),
-            _ => Ok(Tensors::new()),
+        if !self.inner.waits()? {
+            return Ok(Tensors::new());
         }
+        self.inner.first(&self.project(&features()?)?, choose)
     }
 
     /// The vectors that features are compared with, `[K, e]`; several codebooks stand one below the other.
     pub fn codebook(&self) -> Result<Tensor> {
-        match self.parts() {
-            Parts::SimVq(quantizer) => quantizer.codebook(),
-            Parts::Vq(quantizer) => quantizer.codebook(),
-            Parts::Between(_, inner, _) => inner.codebook(),
-        }
+        self.inner.codebook()
     }
 }

@@ -1,30 +1,35 @@
-//! Residual quantisation (SoundStream's algorithm 1, Zeghidour et al., arXiv 2107.03312; RQ-VAE, arXiv 2203.01941):
-//! every level quantises what the levels before it left, so a token has L codes from coarse to fine.
+//! Residual quantisation (SoundStream's algorithm 1, Zeghidour et al., arXiv 2107.03312; RQ-VAE, arXiv 2203.01941), also
+//! called hierarchical codebooks: every level quantises what the levels before it left, so a token has L codes from coarse
+//! to fine.
 //!
 //! ```text
-//! h = z Aᵀ + a                            features D → e                                linear_in
+//! h = norm(z Aᵀ + a)                      features D → e                                linear_in, norm
 //! r_0 = h                                 r_(l+1) = r_l − sg(c_l)
 //! c_l = nearest code of r_l in codebook l     (cosine: of r_l/‖r_l‖, and c_l has length one)
-//! q = Σ_l c_l                             straight-through at every level
-//! loss = Σ_l α mean‖sg(r_l) − c_l‖² + β mean‖r_l − sg(c_l)‖²
+//! q = Σ_l c_l                             the level's gradient estimator at every level
+//! loss = Σ_l the level's own, of r_l and c_l
 //! ```
 //!
-//! Values, indices, losses and gradients are those of vector-quantize-pytorch's `ResidualVQ` with the straight-through
-//! estimator. As there, every level passes the gradient on, so what reaches the features is L times what came (under the
-//! cosine metric, through L normalisations). The codebooks are trained by their loss.
+//! A level is a [VQ](super::vq): learned by gradient or by moving averages, from random codes or from data. Values, indices,
+//! losses, gradients and moving averages are those of vector-quantize-pytorch's `ResidualVQ`. As there, every level passes
+//! the gradient on, so what reaches the features is L times what came (under the cosine metric, through L
+//! normalisations).
 //!
 //! **Quantize dropout**: in training a step keeps the first levels alone, their number drawn from a seed, so that fewer
 //! codes decode well too. The indices of the others are then [`DROPPED`], and a model trained this way also looks up
 //! fewer than L codes a token.
 
 use candle_core::{D, DType, Result, Tensor};
-use candle_nn::{Init, VarBuilder};
+use candle_nn::VarBuilder;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::shared::{self, Bottleneck, DROPPED, Table};
-use super::{Metric, Quantized};
+use super::bottleneck::{self, Bottleneck, DROPPED, Settings};
+use super::kmeans::Choose;
+use super::vq::{Vq, VqConfig};
+use super::{Metric, Norm, Quantized, is_default, prefixed};
+use crate::weights::Tensors;
 
 /// The sizes and choices of a residual quantizer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,82 +37,87 @@ use super::{Metric, Quantized};
 pub struct ResidualConfig {
     /// L: levels, codes a token; VILA-U has 4.
     pub levels: usize,
-    /// K: codes of a codebook.
-    pub codebook_size: usize,
-    /// e: width of a code.
-    pub codebook_dim: usize,
-    /// What nearest means.
-    pub metric: Metric,
+    /// What each level is; what it leaves out is as in `"type": "vq"`.
+    pub level: VqConfig,
     /// Whether all levels share one codebook.
     pub shared_codebook: bool,
-    /// α, the weight of the term that moves codes to features.
-    pub codebook_cost: f64,
-    /// β, the weight of the term that moves features to codes.
-    pub commitment_cost: f64,
-    /// Whether the codebooks are trained; those that are not keep their values.
-    pub train_codebook: bool,
-    /// Standard deviation of fresh codes; `null` is e^(−1/2), which makes their length about one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub codebook_std: Option<f64>,
     /// Whether training leaves out the last levels at random.
     pub quantize_dropout: bool,
     /// The last level that is always kept, counted from 0.
     pub dropout_cutoff: usize,
     /// The number of kept levels is a multiple of this (EnCodec: 4).
     pub dropout_multiple_of: usize,
+    /// What brings features to a fixed scale after `linear_in`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub norm: Norm,
 }
 
 impl Default for ResidualConfig {
     fn default() -> Self {
         Self {
             levels: 4,
-            codebook_size: 16_384,
-            codebook_dim: 256,
-            metric: Metric::default(),
+            level: VqConfig::default(),
             shared_codebook: false,
-            codebook_cost: 1.0,
-            commitment_cost: 0.25,
-            train_codebook: true,
-            codebook_std: None,
             quantize_dropout: false,
             dropout_cutoff: 0,
             dropout_multiple_of: 1,
+            norm: Norm::default(),
         }
     }
 }
 
-impl ResidualConfig {
-    pub(super) fn check(&self) -> std::result::Result<(), String> {
-        shared::check_size("levels", self.levels, 64)?;
-        if self.metric == Metric::Hsq {
-            return Err("quantizer: metric is `hsq`, expected: `euclidean` or `cosine` where codes are added up".into());
-        }
-        shared::check_size("codebook_size", self.codebook_size, 1 << 24)?;
-        shared::check_size("codebook_dim", self.codebook_dim, 1 << 16)?;
-        shared::check_size("dropout_multiple_of", self.dropout_multiple_of, self.levels)?;
+impl Settings for ResidualConfig {
+    fn codebook_size(&self) -> usize {
+        self.level.codebook_size
+    }
+
+    fn width(&self) -> usize {
+        self.level.codebook_dim
+    }
+
+    fn codes_per_token(&self) -> usize {
+        self.levels
+    }
+
+    fn norm(&self) -> Norm {
+        self.norm
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        bottleneck::check_size("levels", self.levels, 64)?;
+        bottleneck::check_size("dropout_multiple_of", self.dropout_multiple_of, self.levels)?;
         if self.dropout_cutoff >= self.levels {
             return Err(format!(
                 "quantizer: dropout_cutoff is {}, expected: less than levels, {}",
                 self.dropout_cutoff, self.levels
             ));
         }
-        shared::check_cost("codebook_cost", self.codebook_cost)?;
-        shared::check_cost("commitment_cost", self.commitment_cost)?;
-        shared::check_cost("codebook_std", self.codebook_std.unwrap_or_default())
+        if self.level.metric == Metric::Hsq {
+            return Err("quantizer: metric is `hsq`, expected: `euclidean` or `cosine` where codes are added up".into());
+        }
+        if self.level.norm != Norm::None {
+            return Err("quantizer: level.norm stands between levels; set norm beside level instead".into());
+        }
+        self.level.check()
     }
 
+    fn is_frozen(&self, name: &str) -> bool {
+        below(name, "levels").is_some_and(|name| self.level.is_frozen(name))
+    }
+
+    fn is_average(&self, name: &str) -> bool {
+        below(name, "levels").is_some_and(|name| self.level.is_average(name))
+    }
+
+    fn load(&self, vb: VarBuilder) -> Result<Box<dyn Bottleneck>> {
+        Ok(Box::new(Residual::load(&vb, self)?))
+    }
+}
+
+impl ResidualConfig {
     /// Number of codebooks.
-    pub(super) fn tables(&self) -> usize {
+    fn tables(&self) -> usize {
         if self.shared_codebook { 1 } else { self.levels }
-    }
-
-    /// `tables` codebooks, one tensor `codebook` `[tables, K, e]`.
-    pub(super) fn load_codebook(&self, vb: &VarBuilder, tables: usize) -> Result<Tensor> {
-        let e = self.codebook_dim;
-        let stdev = self.codebook_std.unwrap_or_else(|| (e as f64).sqrt().recip());
-        let shape = (tables, self.codebook_size, e);
-        let codebook = vb.get_with_hints(shape, "codebook", Init::Randn { mean: 0.0, stdev })?;
-        Ok(if self.train_codebook { codebook } else { codebook.detach() })
     }
 
     /// How many levels are kept in the training step of this seed; all where there is no dropout.
@@ -118,28 +128,39 @@ impl ResidualConfig {
     }
 }
 
-/// A residual quantizer between its projections.
+/// The rest of a name `STEM.N.rest`.
+pub(super) fn below<'a>(name: &'a str, stem: &str) -> Option<&'a str> {
+    let (number, rest) = name.strip_prefix(stem)?.strip_prefix('.')?.split_once('.')?;
+    number.bytes().all(|digit| digit.is_ascii_digit()).then_some(rest)
+}
+
+/// A residual quantizer with its weights.
 #[derive(Debug, Clone)]
-pub struct Residual {
+pub(super) struct Residual {
     config: ResidualConfig,
     /// One, or one a level.
-    tables: Vec<Table>,
+    tables: Vec<Vq>,
+}
+
+/// A level's part of what was quantised.
+struct Level {
+    index: usize,
+    /// What it had as it met the codes, `[B, N, e]`.
+    met: Tensor,
+    /// u32 `[B, N]`.
+    indices: Tensor,
+    /// `[B, N, e]`.
+    codes: Tensor,
 }
 
 impl Residual {
-    /// Loads `codebook` `[1 or L, K, e]`.
-    pub fn load(vb: &VarBuilder, config: &ResidualConfig) -> Result<Self> {
-        Self::new(&config.load_codebook(vb, config.tables())?, config)
+    /// Loads `levels.0` .. , of which there is one where levels share their codebook.
+    pub(super) fn load(vb: &VarBuilder, config: &ResidualConfig) -> Result<Self> {
+        let tables = (0..config.tables()).map(|i| Vq::load(&vb.pp("levels").pp(i), &config.level));
+        Ok(Self { config: config.clone(), tables: tables.collect::<Result<_>>()? })
     }
 
-    /// Of codebooks `[1 or L, K, e]` and a checked config.
-    pub(super) fn new(codebook: &Tensor, config: &ResidualConfig) -> Result<Self> {
-        let table = |i| Ok(Table::new(codebook.narrow(0, i, 1)?.squeeze(0)?, config.metric));
-        let tables = (0..codebook.dim(0)?).map(table).collect::<Result<_>>()?;
-        Ok(Self { config: config.clone(), tables })
-    }
-
-    fn table(&self, level: usize) -> &Table {
+    fn table(&self, level: usize) -> &Vq {
         &self.tables[level.min(self.tables.len() - 1)]
     }
 
@@ -149,7 +170,7 @@ impl Residual {
     /// - h: f32 `[B, N, e]`
     /// - [`Quantized::indices`]: `[B, N]` where L is 1, else `[B, N, L]`
     /// - [`Quantized::codes`]: `[B, N, L, e]`
-    pub fn quantize_levels(&self, h: &Tensor, kept: usize) -> Result<Quantized> {
+    fn quantize_levels(&self, h: &Tensor, kept: usize) -> Result<Quantized> {
         let (b, n, _) = h.dims3()?;
         let (mut residual, mut tokens) = (h.clone(), None);
         let (mut indices, mut codes) = (Vec::new(), Vec::new());
@@ -159,23 +180,37 @@ impl Residual {
                 codes.push(h.zeros_like()?);
                 continue;
             }
-            let found = self.table(level).nearest(&residual)?;
-            let through = shared::straight_through(&found.compared, &found.codes)?;
+            let chosen = self.table(level).choose(&residual)?;
             tokens = Some(match tokens {
-                None => through,
-                Some(before) => (before + through)?,
+                None => chosen.tokens,
+                Some(before) => (before + chosen.tokens)?,
             });
-            residual = (residual - found.codes.detach())?;
-            indices.push(found.indices);
-            codes.push(found.codes);
+            residual = (residual - chosen.codes.detach())?;
+            indices.push(chosen.indices);
+            codes.push(chosen.codes);
         }
-        let tokens = tokens.map_or_else(|| h.zeros_like(), Ok)?;
         Ok(Quantized {
-            tokens,
-            indices: shared::join(&indices)?,
+            tokens: tokens.map_or_else(|| h.zeros_like(), Ok)?,
+            indices: bottleneck::join(&indices)?,
             projected: h.clone(),
             codes: Tensor::stack(&codes, 2)?,
         })
+    }
+
+    /// The levels that were kept.
+    fn levels(&self, quantized: &Quantized) -> Result<Vec<Level>> {
+        let mut residual = quantized.projected.clone();
+        let mut levels = Vec::new();
+        for (index, indices) in bottleneck::columns(&quantized.indices, self.config.levels)?.into_iter().enumerate() {
+            if indices.flatten_all()?.get(0)?.to_scalar::<u32>()? == DROPPED {
+                break;
+            }
+            let codes = quantized.codes.narrow(2, index, 1)?.squeeze(2)?;
+            let met = self.config.level.metric.met(&residual)?;
+            residual = (residual - codes.detach())?;
+            levels.push(Level { index, met, indices, codes });
+        }
+        Ok(levels)
     }
 }
 
@@ -193,8 +228,8 @@ impl Bottleneck for Residual {
             _ => self.config.levels,
         };
         let mut sum: Option<Tensor> = None;
-        for (level, indices) in shared::columns(indices, given)?.iter().enumerate() {
-            let codes = self.table(level).lookup(indices, dropout)?;
+        for (level, indices) in bottleneck::columns(indices, given)?.iter().enumerate() {
+            let codes = self.table(level).searched().lookup(indices, dropout)?;
             sum = Some(match sum {
                 None => codes,
                 Some(before) => (before + codes)?,
@@ -204,25 +239,49 @@ impl Bottleneck for Residual {
     }
 
     fn loss(&self, quantized: &Quantized) -> Result<Tensor> {
-        let mut residual = quantized.projected.clone();
-        let mut loss = Tensor::zeros((), DType::F32, residual.device())?;
-        let indices = shared::columns(&quantized.indices, self.config.levels)?;
-        for (level, indices) in indices.iter().enumerate() {
-            if indices.flatten_all()?.get(0)?.to_scalar::<u32>()? == DROPPED {
-                break;
-            }
-            let codes = quantized.codes.narrow(2, level, 1)?.squeeze(2)?;
-            let compared = shared::compared(&residual, self.config.metric)?;
-            let codebook = (compared.detach() - &codes)?.sqr()?.mean_all()?;
-            let commitment = (compared - codes.detach())?.sqr()?.mean_all()?;
-            loss = ((loss + (codebook * self.config.codebook_cost)?)? + (commitment * self.config.commitment_cost)?)?;
-            residual = (residual - codes.detach())?;
+        let zero = Tensor::zeros((), DType::F32, quantized.projected.device())?;
+        let mut loss = zero.clone();
+        let levels = self.levels(quantized)?;
+        // A codebook that dropout left out has a gradient too: zero.
+        for left_out in self.tables.iter().skip(levels.len()) {
+            // Not by a plain 0.0, which candle takes for no gradient at all.
+            loss = (loss + (left_out.searched().raw()?.sum_all()? * &zero)?)?;
+        }
+        for Level { index, met, indices, codes } in levels {
+            loss = (loss + self.table(index).searched().loss(&met, &indices, &codes)?)?;
         }
         Ok(loss)
     }
 
     fn codebook(&self) -> Result<Tensor> {
-        Tensor::cat(&self.tables.iter().map(Table::codes).collect::<Result<Vec<_>>>()?, D::Minus2)
+        Tensor::cat(&self.tables.iter().map(Bottleneck::codebook).collect::<Result<Vec<_>>>()?, D::Minus2)
+    }
+
+    fn update(&self, quantized: &Quantized, choose: Choose) -> Result<Tensors> {
+        let mut batches: Vec<Vec<(Tensor, Tensor)>> = vec![Vec::new(); self.tables.len()];
+        for Level { index, met, indices, .. } in self.levels(quantized)? {
+            batches[index.min(self.tables.len() - 1)].push((met, indices));
+        }
+        let mut made = Tensors::new();
+        for (i, (table, batches)) in self.tables.iter().zip(batches).enumerate().filter(|(_, (_, x))| !x.is_empty()) {
+            made.extend(prefixed(&format!("levels.{i}."), table.follow(&batches, choose)?));
+        }
+        Ok(made)
+    }
+
+    fn waits(&self) -> Result<bool> {
+        self.tables.iter().try_fold(false, |waits, table| Ok(waits || table.waits()?))
+    }
+
+    /// Every level starts from what the levels before it, begun themselves, leave of the features.
+    fn first(&self, h: &Tensor, choose: Choose) -> Result<Tensors> {
+        let (mut residual, mut all) = (h.detach(), Tensors::new());
+        for (i, table) in self.tables.iter().enumerate() {
+            let (made, begun) = table.begin(&residual, choose)?;
+            all.extend(prefixed(&format!("levels.{i}."), made));
+            residual = (&residual - begun.choose(&residual)?.codes.detach())?;
+        }
+        Ok(all)
     }
 }
 
@@ -234,10 +293,14 @@ mod tests {
 
     /// Codes 0, 10 and then 0, 1, of width one.
     fn two_levels(config: ResidualConfig) -> Residual {
-        let config = ResidualConfig { levels: 2, codebook_size: 2, codebook_dim: 1, ..config };
+        let level = VqConfig { codebook_size: 2, codebook_dim: 1, ..config.level };
+        let config = ResidualConfig { levels: 2, level, ..config };
         config.check().unwrap();
-        let codebook = Tensor::new(&[[[0f32], [10.]], [[0.], [1.]]], &Device::Cpu).unwrap();
-        Residual::new(&codebook, &config).unwrap()
+        let codebook = |codes: [[f32; 1]; 2]| Tensor::new(&codes, &Device::Cpu).unwrap();
+        let codebooks = [("levels.0.codebook", [[0.], [10.]]), ("levels.1.codebook", [[0.], [1.]])];
+        let tensors = codebooks.map(|(name, codes)| (name.to_string(), codebook(codes)));
+        let vb = VarBuilder::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu);
+        Residual::load(&vb, &config).unwrap()
     }
 
     fn features() -> Tensor {
@@ -280,6 +343,27 @@ mod tests {
         let whole = two_levels(ResidualConfig::default());
         assert!(whole.lookup(&quantized.indices).is_err());
         assert!(whole.lookup(&coarse).unwrap_err().to_string().contains("2 codes a token"));
+    }
+
+    #[test]
+    fn levels_start_from_what_the_ones_before_leave_of_the_data() {
+        let level = VqConfig {
+            codebook_size: 2,
+            codebook_dim: 1,
+            init: super::super::CodebookInit::Kmeans,
+            ..VqConfig::default()
+        };
+        let config = ResidualConfig { levels: 2, level, ..ResidualConfig::default() };
+        let zeros =
+            |level| (format!("levels.{level}.codebook"), Tensor::zeros((2, 1), DType::F32, &Device::Cpu).unwrap());
+        let vb = VarBuilder::from_tensors([zeros(0), zeros(1)].into_iter().collect(), DType::F32, &Device::Cpu);
+        let residual = Residual::load(&vb, &config).unwrap();
+        assert!(residual.waits().unwrap());
+        // Two pairs a distance of 10 apart: the first level has the pairs' middles, the second what is left, ±½.
+        let h = Tensor::new(&[[[0f32], [11.], [1.], [10.]]], &Device::Cpu).unwrap();
+        let made = residual.first(&h, &mut |_, amount| (0..amount).collect()).unwrap();
+        let codes = |level| made[&format!("levels.{level}.codebook")].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!((codes(0), codes(1)), (vec![0.5, 10.5], vec![-0.5, 0.5]));
     }
 
     #[test]

@@ -9,12 +9,14 @@
 //! z' = (h + sg(Ĉ_i − h)) Bᵀ + b     straight-through, e → D'    linear_out
 //! ```
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
-use super::common::{Body, Choices, Metric, Norm, Prepared, is_default};
-use super::{Gradient, Quantized};
+use super::bottleneck::{Bottleneck, Settings, check_cost, check_scale};
+use super::entropy::EntropyConfig;
+use super::table::{Choices, Metric, Table, Transform};
+use super::{Gradient, Norm, Quantized, is_default};
 use crate::weights;
 
 /// The sizes and choices of a SimVQ.
@@ -38,6 +40,9 @@ pub struct SimVqConfig {
     /// Standard deviation of a fresh codebook; `null` is e^(−1/2), SimVQ's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub codebook_std: Option<f64>,
+    /// Entropies that keep codes in use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<EntropyConfig>,
     /// How the decoder's gradient passes the choice of a code.
     #[serde(skip_serializing_if = "is_default")]
     pub gradient: Gradient,
@@ -68,6 +73,7 @@ impl Default for SimVqConfig {
             transform_init: TransformInit::default(),
             train_codebook: false,
             codebook_std: None,
+            entropy: None,
             gradient: Gradient::default(),
             norm: Norm::default(),
         }
@@ -75,74 +81,83 @@ impl Default for SimVqConfig {
 }
 
 impl SimVqConfig {
-    pub(super) fn check(&self) -> std::result::Result<(), String> {
-        self.choices().check(self.codebook_size, self.codebook_dim)
-    }
-
     fn choices(&self) -> Choices {
-        let Self { metric, gradient, norm, commitment_cost, .. } = *self;
-        Choices { metric, gradient, norm, commitment_cost }
+        let Self { metric, gradient, commitment_cost, entropy, .. } = *self;
+        Choices { metric, gradient, learns: self.train_codebook, codebook_cost: 1.0, commitment_cost, entropy }
     }
 }
 
-/// A SimVQ with its weights, in f32 whatever the encoder's dtype: codes must not depend on it more than features do.
-#[derive(Debug, Clone)]
-pub struct SimVq {
-    pub(crate) body: Body,
-    /// Detached from whatever the VarBuilder gave, unless the config trains it.
-    pub(crate) codebook: Tensor,
-    pub(crate) transform: Tensor,
-    pub(crate) transform_bias: Option<Tensor>,
+impl Settings for SimVqConfig {
+    fn codebook_size(&self) -> usize {
+        self.codebook_size
+    }
+
+    fn width(&self) -> usize {
+        self.codebook_dim
+    }
+
+    fn norm(&self) -> Norm {
+        self.norm
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        self.choices().check(self.codebook_size, self.codebook_dim)?;
+        check_cost("codebook_std", self.codebook_std.unwrap_or_default())?;
+        check_scale(self.norm, self.metric == Metric::Cosine, "metric is `cosine`")
+    }
+
+    fn is_frozen(&self, name: &str) -> bool {
+        name == "codebook" && !self.train_codebook
+    }
+
+    fn load(&self, vb: VarBuilder) -> Result<Box<dyn Bottleneck>> {
+        Ok(Box::new(SimVq::load(&vb, self)?))
+    }
 }
+
+/// A SimVQ with its weights.
+#[derive(Debug, Clone)]
+pub(super) struct SimVq(Table);
 
 impl SimVq {
-    /// Loads `linear_in`, `codebook`, `transform`, `linear_out`, and `norm` if there is one.
-    pub fn load(vb: VarBuilder, config: &SimVqConfig, width_in: usize, width_out: usize) -> Result<Self> {
-        let vb = vb.to_dtype(DType::F32);
+    /// Loads `codebook`, detached from whatever the VarBuilder gives unless the config trains it, and `transform`.
+    fn load(vb: &VarBuilder, config: &SimVqConfig) -> Result<Self> {
         let (k, e) = (config.codebook_size, config.codebook_dim);
         let bound = (e as f64).sqrt().recip();
         let uniform = Init::Uniform { lo: -bound, up: bound };
         let stdev = config.codebook_std.unwrap_or(bound);
         let codebook = vb.get_with_hints((k, e), "codebook", Init::Randn { mean: 0.0, stdev })?;
+        // What is frozen is prepared once, whatever the VarBuilder gives.
         let codebook = if config.train_codebook { codebook } else { codebook.detach() };
-        let transform = match config.transform_init {
-            TransformInit::Torch => vb.get_with_hints((e, e), "transform.weight", uniform)?,
-            TransformInit::Identity => vb.get_with_hints((e, e), "transform.weight", weights::IDENTITY)?,
+        let init = match config.transform_init {
+            TransformInit::Torch => uniform,
+            TransformInit::Identity => weights::IDENTITY,
         };
+        let weight = vb.get_with_hints((e, e), "transform.weight", init)?;
         let bias = || vb.get_with_hints(e, "transform.bias", uniform);
-        let transform_bias = config.transform_bias.then(bias).transpose()?;
-        let body = Body::load(&vb, config.choices(), width_in, e, width_out)?;
-        Ok(Self { body, codebook, transform, transform_bias })
+        let bias = config.transform_bias.then(bias).transpose()?;
+        Ok(Self(Table::new(codebook, Some(Transform { weight, bias }), config.choices())))
+    }
+}
+
+impl Bottleneck for SimVq {
+    fn quantize(&self, h: &Tensor, _: Option<u64>) -> Result<Quantized> {
+        Ok(self.0.choose(h)?.into())
     }
 
-    pub(super) fn quantize(&self, features: &Tensor) -> Result<Quantized> {
-        self.body.quantize(features, &self.prepare()?)
+    fn lookup(&self, indices: &Tensor) -> Result<Tensor> {
+        self.0.lookup(indices, false)
     }
 
-    pub(super) fn lookup(&self, indices: &Tensor) -> Result<Tensor> {
-        self.body.lookup(indices, &self.prepare()?)
+    fn loss(&self, quantized: &Quantized) -> Result<Tensor> {
+        self.0.loss(&quantized.projected, &quantized.indices, &quantized.codes)
     }
 
-    pub(super) fn loss(&self, quantized: &Quantized) -> Result<Tensor> {
-        self.body.codes_loss(quantized, || self.transform_codebook())? + self.body.commitment_loss(quantized)?
+    fn codebook(&self) -> Result<Tensor> {
+        self.0.codes()
     }
 
-    pub(super) fn codebook(&self) -> Result<Tensor> {
-        Ok(self.prepare()?.codes)
-    }
-
-    fn prepare(&self) -> Result<Prepared> {
-        let trained = [Some(&self.codebook), Some(&self.transform), self.transform_bias.as_ref()];
-        let trained = trained.into_iter().flatten().any(Tensor::track_op);
-        self.body.prepare(trained, || self.transform_codebook())
-    }
-
-    /// Ĉ = C Wᵀ (+ w).
-    fn transform_codebook(&self) -> Result<Tensor> {
-        let codes = self.codebook.matmul(&self.transform.t()?)?; // [K,e]
-        match &self.transform_bias {
-            Some(bias) => codes.broadcast_add(bias),
-            None => Ok(codes),
-        }
+    fn table(&self) -> Option<&Table> {
+        Some(&self.0)
     }
 }

@@ -446,12 +446,10 @@ impl Split {
         let (mut parameters, mut averages, mut frozen) = (BTreeMap::new(), BTreeMap::new(), Tensors::new());
         for (name, tensor) in tensors {
             let tensor = tensor.to_dtype(DType::F32)?;
-            let of_quantizer = |is: fn(&quantizer::Config, &str) -> bool| {
-                name.strip_prefix("quantizer.").is_some_and(|name| is(&model.quantizer, name))
-            };
-            if groups.of(name).peak == 0.0 || of_quantizer(quantizer::Config::is_frozen) {
+            let of_quantizer = name.strip_prefix("quantizer.");
+            if groups.of(name).peak == 0.0 || of_quantizer.is_some_and(|name| model.quantizer.is_frozen(name)) {
                 frozen.insert(name.clone(), tensor);
-            } else if of_quantizer(quantizer::Config::is_average) {
+            } else if of_quantizer.is_some_and(|name| model.quantizer.is_average(name)) {
                 averages.insert(name.clone(), Var::from_tensor(&tensor)?);
             } else {
                 parameters.insert(name.clone(), Var::from_tensor(&tensor)?);

@@ -88,7 +88,7 @@ impl Shape {
 /// projection's, and a score for every code.
 pub(super) fn operations(config: &Config, n: usize) -> f64 {
     let (vit, patch) = (config.encoder.vit(), config.encoder.patch());
-    let (d, k, e) = (vit.width, config.quantizer.codebook_size(), config.quantizer.codebook_dim());
+    let (d, k, e) = (vit.width, config.quantizer.codebook_size(), config.quantizer.width());
     let embedding = n * 3 * patch * patch * d;
     let block = n * d * (4 * d + 2 * vit.mlp_width) + 2 * n * n * d;
     2.0 * (embedding + vit.depth * block + n * d * e) as f64 + scores(n, k, e)

@@ -1,14 +1,11 @@
-//! What the quantizers share: the layers around them, codebooks that are searched, and exact straight-through.
-
-use std::sync::{Arc, OnceLock};
+//! What a quantizer is between its projections, and what all of them say of codes and indices.
 
 use candle_core::{D, Device, Result, Tensor};
 use candle_nn::VarBuilder;
-use vqrae_kernels as kernels;
 
-pub(super) use super::common::{gather, unit};
-use super::{Metric, Quantized};
-use crate::ops::Linear;
+use super::kmeans::Choose;
+use super::{Norm, Quantized, Table};
+use crate::weights::Tensors;
 
 /// Stands in the place of the index of a level that quantize dropout left out; vector-quantize-pytorch has −1 there.
 /// Its code is zero.
@@ -20,8 +17,42 @@ const MOST_CODES: usize = 1 << 31;
 /// The most numbers of an implicit codebook that are written out.
 const MOST_LISTED: usize = 1 << 26;
 
+/// What a quantizer's section of `config.json` says.
+pub trait Settings {
+    /// Number K of codes; with several codes a token, of each of them.
+    fn codebook_size(&self) -> usize;
+
+    /// Width e of what stands between `linear_in` and `linear_out`.
+    fn width(&self) -> usize;
+
+    /// Number C of codes a token.
+    fn codes_per_token(&self) -> usize {
+        1
+    }
+
+    /// What follows `linear_in`.
+    fn norm(&self) -> Norm;
+
+    /// Whether the sizes make sense; the error names the field.
+    fn check(&self) -> std::result::Result<(), String>;
+
+    /// Whether a tensor, by its name below the quantizer's, never changes in training.
+    fn is_frozen(&self, _name: &str) -> bool {
+        false
+    }
+
+    /// Whether a tensor, by its name below the quantizer's, is a moving average, which [`Bottleneck::update`] moves and no
+    /// gradient.
+    fn is_average(&self, _name: &str) -> bool {
+        false
+    }
+
+    /// The quantizer with its weights, in f32.
+    fn load(&self, vb: VarBuilder) -> Result<Box<dyn Bottleneck>>;
+}
+
 /// What stands between `linear_in` and `linear_out`: e-wide vectors to codes and back.
-pub trait Bottleneck {
+pub trait Bottleneck: std::fmt::Debug + Send + Sync {
     /// The codes of projected features; [`Quantized::tokens`] is then `[B, N, e]`, what `linear_out` is to see.
     ///
     /// # Shapes
@@ -41,117 +72,26 @@ pub trait Bottleneck {
 
     /// All code vectors: `[K, e]`, with several codebooks one below the other.
     fn codebook(&self) -> Result<Tensor>;
-}
 
-/// A bottleneck with its projections, in f32 whatever the encoder's dtype.
-#[derive(Debug, Clone)]
-pub struct Between<Q> {
-    pub(crate) linear_in: Linear,
-    pub(crate) inner: Q,
-    pub(crate) linear_out: Linear,
-}
-
-impl<Q> Between<Q> {
-    /// Loads `linear_in` (D → e) and `linear_out` (e → D') around `inner`.
-    pub(super) fn load(vb: &VarBuilder, inner: Q, e: usize, width_in: usize, width_out: usize) -> Result<Self> {
-        let linear_in = Linear::load(vb.pp("linear_in"), width_in, e)?;
-        Ok(Self { linear_in, inner, linear_out: Linear::load(vb.pp("linear_out"), e, width_out)? })
+    /// The one codebook that is searched, if that is all there is: inference then does without tensors.
+    fn table(&self) -> Option<&Table> {
+        None
     }
 
-    /// The bottleneck itself.
-    pub fn inner(&self) -> &Q {
-        &self.inner
-    }
-}
-
-/// K codes of width d and what searches them, which is kept while the codes are not trained.
-#[derive(Debug, Clone)]
-pub(super) struct Table {
-    codes: Tensor,
-    metric: Metric,
-    prepared: Arc<OnceLock<Prepared>>,
-}
-
-#[derive(Debug, Clone)]
-struct Prepared {
-    codes: Tensor,
-    search: Arc<kernels::Codebook>,
-}
-
-/// What a table finds for vectors `[B, N, d]`.
-pub(super) struct Nearest {
-    /// What was compared: the vectors, of length one where the metric is cosine.
-    pub(super) compared: Tensor,
-    /// u32 `[B, N]`.
-    pub(super) indices: Tensor,
-    /// `[B, N, d]`.
-    pub(super) codes: Tensor,
-}
-
-impl Table {
-    /// Of codes `[K, d]`.
-    pub(super) fn new(codes: Tensor, metric: Metric) -> Self {
-        Self { codes, metric, prepared: Arc::default() }
+    /// New values, by name, of the moving averages after a step that quantised `quantized`; empty without any. `choose`
+    /// draws features that replace dead codes.
+    fn update(&self, _quantized: &Quantized, _choose: Choose) -> Result<Tensors> {
+        Ok(Tensors::new())
     }
 
-    /// The nearest code of every vector of `x`, `[B, N, d]`.
-    pub(super) fn nearest(&self, x: &Tensor) -> Result<Nearest> {
-        let (b, n, _) = x.dims3()?;
-        let compared = compared(x, self.metric)?;
-        let prepared = self.prepare()?;
-        let flat = compared.flatten_all()?.to_vec1::<f32>()?;
-        let indices = prepared.search.nearest(&flat).map_err(candle_core::Error::wrap)?;
-        let indices = Tensor::from_vec(indices, (b, n), x.device())?;
-        let codes = gather(&prepared.codes, &indices)?;
-        Ok(Nearest { compared, indices, codes })
+    /// Whether the first training step's features make codes, which they have not made yet.
+    fn waits(&self) -> Result<bool> {
+        Ok(false)
     }
 
-    /// The codes `[B, N, d]` of indices u32 `[B, N]`; those of [`DROPPED`], where it is allowed, are zero.
-    pub(super) fn lookup(&self, indices: &Tensor, may_be_dropped: bool) -> Result<Tensor> {
-        let codes = self.codes()?;
-        let flat = indices.flatten_all()?.to_vec1::<u32>()?;
-        let is_dropped = |index: u32| may_be_dropped && index == DROPPED;
-        check_range(flat.iter().copied().filter(|&index| !is_dropped(index)), codes.dim(0)?)?;
-        if !flat.iter().any(|&index| is_dropped(index)) {
-            return gather(&codes, indices);
-        }
-        let (rows, mask): (Vec<u32>, Vec<f32>) =
-            flat.iter().map(|&index| if is_dropped(index) { (0, 0.0) } else { (index, 1.0) }).unzip();
-        let rows = Tensor::from_vec(rows, indices.shape(), indices.device())?;
-        let mask = Tensor::from_vec(mask, indices.shape(), indices.device())?.unsqueeze(D::Minus1)?;
-        gather(&codes, &rows)?.broadcast_mul(&mask)
-    }
-
-    /// `[K, d]`, of length one where the metric is cosine.
-    pub(super) fn codes(&self) -> Result<Tensor> {
-        Ok(self.prepare()?.codes)
-    }
-
-    fn prepare(&self) -> Result<Prepared> {
-        if self.codes.track_op() {
-            return self.prepare_anew();
-        }
-        if let Some(prepared) = self.prepared.get() {
-            return Ok(prepared.clone());
-        }
-        let prepared = self.prepare_anew()?;
-        Ok(self.prepared.get_or_init(|| prepared).clone())
-    }
-
-    fn prepare_anew(&self) -> Result<Prepared> {
-        let codes = compared(&self.codes, self.metric)?;
-        let rows = codes.flatten_all()?.to_vec1::<f32>()?;
-        let search =
-            kernels::Codebook::new(rows, codes.dim(1)?, self.metric.ranking()).map_err(candle_core::Error::wrap)?;
-        Ok(Prepared { codes, search: Arc::new(search) })
-    }
-}
-
-/// Vectors as the metric compares them.
-pub(super) fn compared(x: &Tensor, metric: Metric) -> Result<Tensor> {
-    match metric {
-        Metric::Euclidean => Ok(x.clone()),
-        Metric::Cosine | Metric::Hsq => unit(x),
+    /// First values, by name, of what [waits](Bottleneck::waits) for features `h` `[B, N, e]`; `choose` draws of them.
+    fn first(&self, _h: &Tensor, _choose: Choose) -> Result<Tensors> {
+        Ok(Tensors::new())
     }
 }
 
@@ -218,6 +158,14 @@ pub(super) fn check_size(name: &str, size: usize, limit: usize) -> std::result::
 pub(super) fn check_cost(name: &str, cost: f64) -> std::result::Result<(), String> {
     if !cost.is_finite() || cost < 0.0 {
         return Err(format!("quantizer: {name} is {cost}, expected: 0 or more"));
+    }
+    Ok(())
+}
+
+/// A learned factor before something that only goes by direction.
+pub(super) fn check_scale(norm: Norm, by_direction: bool, key: &str) -> std::result::Result<(), String> {
+    if norm == Norm::Scale && by_direction {
+        return Err(format!("quantizer: norm `scale` changes nothing where {key}; remove it"));
     }
     Ok(())
 }

@@ -1,0 +1,250 @@
+//! A codebook as a moving average of the features that chose its codes (van den Oord et al., arXiv 1711.00937, appendix
+//! A.1), with the semantics of vector-quantize-pytorch 1.32.
+//!
+//! ```text
+//! n_k ← γ n_k + (1 − γ) #{i = k}                               cluster_size
+//! m_k ← γ m_k + (1 − γ) Σ_{i = k} h                            embed_avg
+//! C_k ← m_k / (Σn (n_k + ε) / (Σn + K ε))                      codebook; cosine: then of length one
+//! ```
+
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
+use serde::{Deserialize, Serialize};
+
+use super::Metric;
+use super::bottleneck::check_cost;
+use super::kmeans::{self, Choose};
+use crate::weights::Tensors;
+
+pub(super) const CODEBOOK: &str = "codebook";
+const CLUSTER_SIZE: &str = "cluster_size";
+const EMBED_AVG: &str = "embed_avg";
+
+/// Whether a tensor of this name, without what stands before its last dot, belongs to a codebook of moving averages.
+pub(super) fn is_average(name: &str) -> bool {
+    [CODEBOOK, CLUSTER_SIZE, EMBED_AVG].contains(&name)
+}
+
+/// The moving averages of an EMA codebook.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EmaConfig {
+    /// γ, the share of the old average that a step keeps.
+    pub decay: f64,
+    /// ε of the Laplace smoothing, which keeps codes that nobody chooses finite.
+    pub eps: f64,
+    /// A code whose average `cluster_size` falls below this becomes a feature of the batch; 0 for never.
+    pub threshold_ema_dead_code: f64,
+    /// The `cluster_size` of such a code; `null` is the threshold.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reset_cluster_size: Option<f64>,
+}
+
+impl Default for EmaConfig {
+    fn default() -> Self {
+        Self { decay: 0.8, eps: 1e-5, threshold_ema_dead_code: 0.0, reset_cluster_size: None }
+    }
+}
+
+impl EmaConfig {
+    pub(super) fn check(&self) -> std::result::Result<(), String> {
+        if !(0.0..1.0).contains(&self.decay) {
+            return Err(format!("quantizer: ema.decay is {}, expected: 0 or more and less than 1", self.decay));
+        }
+        if !(self.eps.is_finite() && self.eps > 0.0) {
+            return Err(format!("quantizer: ema.eps is {}, expected: more than 0", self.eps));
+        }
+        check_cost("ema.threshold_ema_dead_code", self.threshold_ema_dead_code)?;
+        check_cost("ema.reset_cluster_size", self.reset_cluster_size.unwrap_or(0.0))
+    }
+}
+
+/// What a moving average of a codebook remembers. A fresh one is all zeros and stands for what vector-quantize-pytorch
+/// starts with: a size of one, and the code itself.
+#[derive(Debug, Clone)]
+pub(super) struct Averages {
+    config: EmaConfig,
+    /// n, `[K]`.
+    cluster_size: Tensor,
+    /// m, `[K, e]`.
+    embed_avg: Tensor,
+}
+
+impl Averages {
+    /// Loads `cluster_size` and `embed_avg`.
+    pub(super) fn load(vb: &VarBuilder, config: EmaConfig, k: usize, e: usize) -> Result<Self> {
+        let cluster_size = vb.get_with_hints(k, CLUSTER_SIZE, candle_nn::init::ZERO)?;
+        let embed_avg = vb.get_with_hints((k, e), EMBED_AVG, candle_nn::init::ZERO)?;
+        Ok(Self { config, cluster_size, embed_avg })
+    }
+
+    /// New values of all three tensors after a step. `batches` are what chose of this codebook, each `[B, N, e]` as it met
+    /// the codes with its indices `[B, N]`: one batch, or one a level where levels share the codebook.
+    pub(super) fn update(
+        &self,
+        codebook: &Tensor,
+        metric: Metric,
+        batches: &[(Tensor, Tensor)],
+        choose: Choose,
+    ) -> Result<Tensors> {
+        let mut state = self.state(codebook, metric)?;
+        for (features, indices) in batches {
+            state.follow(&array(features)?, &indices.flatten_all()?.to_vec1::<u32>()?);
+        }
+        state.smooth();
+        let features: Vec<&Tensor> = batches.iter().map(|(features, _)| features).collect();
+        // Token by token, as the library has them: what is drawn depends on the order.
+        state.restart(&array(&Tensor::stack(&features, 2)?)?, choose);
+        state.tensors(codebook)
+    }
+
+    /// The three tensors of centres `[K, e]` and their sizes `[K]`.
+    pub(super) fn begin(&self, codebook: &Tensor, metric: Metric, centres: &[f32], sizes: &[usize]) -> Result<Tensors> {
+        let mut state = self.state(codebook, metric)?;
+        state.sizes = sizes.iter().map(|&size| size as f32).collect();
+        let e = state.e;
+        for ((sum, centre), size) in state.sums.chunks_exact_mut(e).zip(centres.chunks_exact(e)).zip(&state.sizes) {
+            sum.iter_mut().zip(centre).for_each(|(sum, c)| *sum = c * size);
+        }
+        state.smooth();
+        state.tensors(codebook)
+    }
+
+    fn state(&self, codebook: &Tensor, metric: Metric) -> Result<State> {
+        let (codes, mut sizes, mut sums) = (array(codebook)?, array(&self.cluster_size)?, array(&self.embed_avg)?);
+        if sizes.iter().all(|&size| size == 0.0) {
+            sizes.fill(1.0);
+            sums.clone_from(&codes);
+        }
+        Ok(State { config: self.config, cosine: metric == Metric::Cosine, e: codebook.dim(1)?, codes, sizes, sums })
+    }
+}
+
+fn array(x: &Tensor) -> Result<Vec<f32>> {
+    x.flatten_all()?.to_vec1::<f32>()
+}
+
+/// An EMA codebook in plain arrays, one step of its way.
+struct State {
+    config: EmaConfig,
+    cosine: bool,
+    e: usize,
+    codes: Vec<f32>,
+    sizes: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+impl State {
+    /// Moves sizes and sums towards those of the batch.
+    fn follow(&mut self, features: &[f32], indices: &[u32]) {
+        let e = self.e;
+        let mut sizes = vec![0f64; self.sizes.len()];
+        let mut sums = vec![0f64; self.sums.len()];
+        for (feature, &k) in features.chunks_exact(e).zip(indices) {
+            let k = k as usize;
+            sizes[k] += 1.0;
+            sums[k * e..][..e].iter_mut().zip(feature).for_each(|(sum, &x)| *sum += f64::from(x));
+        }
+        let decay = self.config.decay;
+        let lerp = |old: &mut f32, new: f64| *old = (decay * f64::from(*old) + (1.0 - decay) * new) as f32;
+        self.sizes.iter_mut().zip(sizes).for_each(|(old, new)| lerp(old, new));
+        self.sums.iter_mut().zip(sums).for_each(|(old, new)| lerp(old, new));
+    }
+
+    /// The codes as sums over Laplace-smoothed sizes.
+    fn smooth(&mut self) {
+        let total: f64 = self.sizes.iter().map(|&size| f64::from(size)).sum();
+        let eps = self.config.eps;
+        let scale = total / (total + self.sizes.len() as f64 * eps);
+        let e = self.e;
+        for ((code, sum), &size) in self.codes.chunks_exact_mut(e).zip(self.sums.chunks_exact(e)).zip(&self.sizes) {
+            let smoothed = (f64::from(size) + eps) * scale;
+            code.iter_mut().zip(sum).for_each(|(code, &sum)| *code = (f64::from(sum) / smoothed) as f32);
+            if self.cosine {
+                kmeans::unit(code);
+            }
+        }
+    }
+
+    /// Makes dead codes features of the batch; where there are more than features, some wait for the next step.
+    fn restart(&mut self, features: &[f32], choose: Choose) {
+        let (e, threshold) = (self.e, self.config.threshold_ema_dead_code);
+        let mut dead: Vec<usize> = (0..self.sizes.len()).filter(|&k| f64::from(self.sizes[k]) < threshold).collect();
+        let n = features.len() / e;
+        if dead.is_empty() || n == 0 {
+            return;
+        }
+        if dead.len() > n {
+            let mut chosen = choose(dead.len(), n);
+            chosen.sort_unstable();
+            dead = chosen.into_iter().map(|i| dead[i]).collect();
+        }
+        let reset = self.config.reset_cluster_size.unwrap_or(threshold) as f32;
+        for (&k, i) in dead.iter().zip(choose(n, dead.len())) {
+            let feature = &features[i * e..][..e];
+            self.codes[k * e..][..e].copy_from_slice(feature);
+            self.sums[k * e..][..e].iter_mut().zip(feature).for_each(|(sum, x)| *sum = x * reset);
+            self.sizes[k] = reset;
+        }
+    }
+
+    fn tensors(self, like: &Tensor) -> Result<Tensors> {
+        let (k, e) = like.dims2()?;
+        let tensor = |values: Vec<f32>, shape: &[usize]| Tensor::from_vec(values, shape, like.device());
+        Ok(Tensors::from([
+            (CODEBOOK.to_string(), tensor(self.codes, &[k, e])?),
+            (CLUSTER_SIZE.to_string(), tensor(self.sizes, &[k])?),
+            (EMBED_AVG.to_string(), tensor(self.sums, &[k, e])?),
+        ]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Codes 0 and 10 on a line, γ = ½, and no smoothing to speak of.
+    fn state(threshold: f64) -> State {
+        let config = EmaConfig { decay: 0.5, eps: 1e-12, threshold_ema_dead_code: threshold, reset_cluster_size: None };
+        State { config, cosine: false, e: 1, codes: vec![0., 10.], sizes: vec![1., 1.], sums: vec![0., 10.] }
+    }
+
+    #[test]
+    fn a_step_by_hand() {
+        let mut state = state(0.0);
+        state.follow(&[1., 2., 3.], &[0, 0, 0]);
+        state.smooth();
+        // n = ½·1 + ½·3 = 2, m = ½·0 + ½·6 = 3; the other: n = ½, m = 5.
+        assert_eq!((state.sizes, state.sums, state.codes), (vec![2., 0.5], vec![3., 5.], vec![1.5, 10.]));
+    }
+
+    #[test]
+    fn smoothing_shrinks_the_codes_that_few_chose() {
+        let mut state = state(0.0);
+        state.config.eps = 1.0;
+        state.sizes = vec![3., 1.];
+        state.sums = vec![6., 10.];
+        state.smooth();
+        // Σn / (Σn + 2ε) = 4/6: sizes (3 + 1)·4/6 and (1 + 1)·4/6.
+        assert_eq!(state.codes, [2.25, 7.5]);
+    }
+
+    #[test]
+    fn a_dead_code_becomes_a_feature() {
+        let mut state = state(0.75);
+        state.follow(&[1., 2., 3.], &[0, 0, 0]);
+        state.smooth();
+        state.restart(&[1., 2., 3.], &mut |n, amount| {
+            assert_eq!((n, amount), (3, 1));
+            vec![2]
+        });
+        assert_eq!((state.codes, state.sizes, state.sums), (vec![1.5, 3.], vec![2., 0.75], vec![3., 2.25]));
+    }
+
+    #[test]
+    fn of_more_dead_codes_than_features_some_wait() {
+        let mut state = state(100.0);
+        state.restart(&[7.], &mut |n, amount| (n - amount..n).collect());
+        assert_eq!((state.codes, state.sizes), (vec![0., 7.], vec![1., 100.]));
+    }
+}
