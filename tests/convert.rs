@@ -146,7 +146,10 @@ fn a_decoder_alone_takes_the_rest_from_a_base() {
     options = Options { base: None, ..options };
     options.fresh.clear();
     let error = convert(&case.checkpoint, &case.folder.path().join("other"), &options).unwrap_err().to_string();
-    assert!(error.contains("it makes no encoder; name a model folder or a pretrained encoder's with --base"), "{error}");
+    assert!(
+        error.contains("it makes no encoder; name a model folder or a pretrained encoder's with --base"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -226,10 +229,16 @@ fn what_is_left_over_on_either_side_is_listed() {
     };
     // Without the quantizer's lines.
     let error = case.refused(&Options { map: Some("rae-siglip".to_string()), ..options(&HEADS, None) });
-    assert!(error.contains("7 tensors of the checkpoint that it has no line for: `quantizer.ema_cluster_size` [12]"), "{error}");
+    assert!(
+        error.contains("7 tensors of the checkpoint that it has no line for: `quantizer.ema_cluster_size` [12]"),
+        "{error}"
+    );
     assert!(error.contains("add them to the map as [[tensors]] or drop"), "{error}");
 
-    let error = case.refused(&map("a.toml", "about = 'a'\nextends = ['fork-siglip']\n[[tensors]]\nfrom = 'nothing.{n}'\nto = 'decoder.x{n}'\n"));
+    let error = case.refused(&map(
+        "a.toml",
+        "about = 'a'\nextends = ['fork-siglip']\n[[tensors]]\nfrom = 'nothing.{n}'\nto = 'decoder.x{n}'\n",
+    ));
     assert!(error.contains("the checkpoint has not: `nothing.{n}`"), "{error}");
 
     let text = "about = 'b'\nextends = ['rae-siglip']\ndrop = ['quantizer.{rest..}']\n[config.quantizer]\ntype = 'fsq'\nlevels = [4, 4]\n";
@@ -237,10 +246,19 @@ fn what_is_left_over_on_either_side_is_listed() {
     assert!(error.contains("tensors of the model that nothing becomes: `quantizer.linear_in.bias` [2]"), "{error}");
     assert!(error.contains("add them to the map as [[tensors]] or [[fill]]"), "{error}");
 
-    let error = case.refused(&map("c.toml", "about = 'c'\nextends = ['fork-siglip']\n[config.quantizer]\ntransform_bias = false\n"));
-    assert!(error.contains("`quantizer.embedding_proj.bias`: becomes `quantizer.transform.bias` [8], which config.json has no use for"), "{error}");
+    let error = case.refused(&map(
+        "c.toml",
+        "about = 'c'\nextends = ['fork-siglip']\n[config.quantizer]\ntransform_bias = false\n",
+    ));
+    assert!(
+        error.contains(
+            "`quantizer.embedding_proj.bias`: becomes `quantizer.transform.bias` [8], which config.json has no use for"
+        ),
+        "{error}"
+    );
 
-    let error = case.refused(&Options { set: settings(&[("quantizer.codebook_size", json!(13))]), ..options(&HEADS, None) });
+    let error =
+        case.refused(&Options { set: settings(&[("quantizer.codebook_size", json!(13))]), ..options(&HEADS, None) });
     assert!(error.contains("heads"), "{error}");
     let mut wrong = options(&HEADS, None);
     wrong.set.extend(settings(&[("quantizer.codebook_size", json!(13))]));
@@ -248,15 +266,17 @@ fn what_is_left_over_on_either_side_is_listed() {
     assert!(error.contains("becomes `quantizer.codebook` with shape [12, 8], expected: [13, 8]"), "{error}");
 
     let error = case.refused(&Options { map: Some("fork-sigilp".to_string()), ..Options::default() });
-    assert!(error.contains("is neither a map's file nor one of the maps in the program") && error.contains("fork-siglip"), "{error}");
+    assert!(
+        error.contains("is neither a map's file nor one of the maps in the program") && error.contains("fork-siglip"),
+        "{error}"
+    );
 }
 
 #[test]
 fn a_layout_that_no_map_fits_is_shown_as_a_map_would_name_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("unknown.safetensors");
-    let tensors: Tensors =
-        (0..12).map(|n| (format!("net.blocks.{n}.qkv.weight"), noise("x", &[6, 2]))).collect();
+    let tensors: Tensors = (0..12).map(|n| (format!("net.blocks.{n}.qkv.weight"), noise("x", &[6, 2]))).collect();
     vqrae::weights::write(&path, &tensors, Default::default()).unwrap();
     let error = convert(&path, &folder.path().join("model"), &Options::default()).unwrap_err().to_string();
     assert!(error.contains("no map of the program fits (diffusers-rae-dinov2, "), "{error}");
@@ -307,8 +327,7 @@ fn a_map_of_ones_own_takes_layers_apart() {
     "#;
     std::fs::write(&map, text).unwrap();
     let output = folder.path().join("model");
-    let options =
-        Options { map: Some(map.to_str().unwrap().to_string()), base: Some(base), ..Options::default() };
+    let options = Options { map: Some(map.to_str().unwrap().to_string()), base: Some(base), ..Options::default() };
     let report = convert(&checkpoint, &output, &options).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!((report.converted, report.filled), (4, 2));
     let made = read_file(&output.join("model.safetensors")).unwrap();
@@ -323,8 +342,12 @@ fn the_dict_of_a_training_checkpoint_can_be_chosen() {
     assert_eq!(TorchFile::open(&path, None).unwrap().key(), Some("ema"));
     let names = |key| TorchFile::open(&path, Some(key)).map(|file| file.names().cloned().collect::<Vec<_>>());
     assert_eq!(names("model").unwrap(), ["bias", "weight"]);
-    assert_eq!(names("optimizer/state").unwrap_err().to_string().matches("choose one with --key: `model`, `ema`").count(), 1);
-    let error = Case::new("diffusers-rae-mae").refused(&Options { key: Some("ema".to_string()), ..options(&HEADS, None) });
+    assert_eq!(
+        names("optimizer/state").unwrap_err().to_string().matches("choose one with --key: `model`, `ema`").count(),
+        1
+    );
+    let error =
+        Case::new("diffusers-rae-mae").refused(&Options { key: Some("ema".to_string()), ..options(&HEADS, None) });
     assert!(error.contains("a safetensors file has no dicts; leave out --key ema"), "{error}");
 }
 

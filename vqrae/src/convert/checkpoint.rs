@@ -62,7 +62,8 @@ impl Checkpoint {
             for name in file.names() {
                 let renamed = map.renamed(name);
                 if let Some((_, other)) = seen.places.insert(renamed.clone(), (file, name)) {
-                    let reason = format!("`{other}` and `{name}` are both `{renamed}` with the map's prefixes; change those");
+                    let reason =
+                        format!("`{other}` and `{name}` are both `{renamed}` with the map's prefixes; change those");
                     return Err(Error::weights(path, reason));
                 }
                 seen.shapes.insert(renamed, file.shape(name).unwrap_or_default().to_vec());
@@ -97,7 +98,9 @@ impl TensorFile {
         if path.extension().is_some_and(|extension| extension == "safetensors") {
             return match key {
                 None => Ok(Self::Safetensors(Store::open_file(path)?)),
-                Some(key) => Err(Error::weights(path, format!("a safetensors file has no dicts; leave out --key {key}"))),
+                Some(key) => {
+                    Err(Error::weights(path, format!("a safetensors file has no dicts; leave out --key {key}")))
+                }
             };
         }
         Ok(Self::Torch(TorchFile::open(path, key)?))

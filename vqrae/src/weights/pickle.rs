@@ -45,7 +45,8 @@ type Result<T> = std::result::Result<T, String>;
 impl Pickle {
     /// Reads a whole pickle; the error says what is wrong, and at which byte.
     pub(super) fn read(bytes: &[u8]) -> Result<Self> {
-        let mut machine = Machine { bytes, at: 0, values: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
+        let mut machine =
+            Machine { bytes, at: 0, values: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
         loop {
             let at = machine.at;
             let step = machine.step().map_err(|reason| format!("pickle, byte {at}: {reason}"))?;

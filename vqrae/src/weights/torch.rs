@@ -15,7 +15,8 @@ use super::pickle::{Id, Pickle};
 use crate::error::{Error, Result};
 
 /// Under which keys training code keeps its weights, the best first.
-const KEYS: [&str; 8] = ["ema", "model_ema", "ema_model", "model", "state_dict", "model_state_dict", "module", "weights"];
+const KEYS: [&str; 8] =
+    ["ema", "model_ema", "ema_model", "model", "state_dict", "model_state_dict", "module", "weights"];
 
 /// An expanded tensor may be larger than its storage, but not without bound.
 const MOST_EXPANDED: usize = 1 << 24;
@@ -60,13 +61,15 @@ impl TorchFile {
         Ok(Self { path: path.to_path_buf(), map, key, tensors })
     }
 
-    fn index(bytes: &[u8], key: Option<&str>) -> std::result::Result<(Option<String>, BTreeMap<String, Place>), String> {
+    fn index(
+        bytes: &[u8],
+        key: Option<&str>,
+    ) -> std::result::Result<(Option<String>, BTreeMap<String, Place>), String> {
         let (files, prefix) = archive(bytes)?;
         let pickle = Pickle::read(&bytes[files[&format!("{prefix}data.pkl")].clone()])?;
-        if let Some(order) = files.get(&format!("{prefix}byteorder")) {
-            if &bytes[order.clone()] != b"little" {
-                return Err("its numbers are big-endian; save it on a little-endian machine".into());
-            }
+        let order = files.get(&format!("{prefix}byteorder"));
+        if order.is_some_and(|order| &bytes[order.clone()] != b"little") {
+            return Err("its numbers are big-endian; save it on a little-endian machine".into());
         }
         let contents = Contents { pickle: &pickle, files: &files, prefix: &prefix };
         let (key, dict) = contents.dict(key)?;
@@ -127,10 +130,15 @@ fn dtype(kind: &str) -> Option<DType> {
 fn archive(bytes: &[u8]) -> std::result::Result<(Files, String), String> {
     if !bytes.starts_with(b"PK") {
         let old = bytes.starts_with(&[0x80, 2, 0x8a, 10]) || bytes.starts_with(&[0x80, 2, b'}']);
-        let what = if old { "it is in the format that torch.save had before version 1.6" } else { "it is no file of torch.save" };
+        let what = if old {
+            "it is in the format that torch.save had before version 1.6"
+        } else {
+            "it is no file of torch.save"
+        };
         return Err(format!("{what}; load it in PyTorch, and save it with torch.save(…, FILE)"));
     }
-    let broken = |error: zip::result::ZipError| format!("not a whole file of torch.save: {error}; fetch or copy it again");
+    let broken =
+        |error: zip::result::ZipError| format!("not a whole file of torch.save: {error}; fetch or copy it again");
     let mut zip = ZipArchive::new(Cursor::new(bytes)).map_err(broken)?;
     let mut files = Files::new();
     for i in 0..zip.len() {
@@ -314,7 +322,7 @@ mod tests {
     }
 
     fn text(text: &str) -> Vec<u8> {
-        [&[b'X'], (text.len() as u32).to_le_bytes().as_slice(), text.as_bytes()].concat()
+        [b"X", (text.len() as u32).to_le_bytes().as_slice(), text.as_bytes()].concat()
     }
 
     fn ints(values: &[i64]) -> Vec<u8> {
@@ -325,7 +333,8 @@ mod tests {
     /// `{"x": tensor}`, the tensor of a storage's class, a storage's key, an offset, a shape and a stride.
     fn tensor(class: &str, key: &str, offset: i64, shape: &[i64], stride: &[i64]) -> Vec<u8> {
         let class = format!("ctorch\n{class}\n");
-        let storage = [b"(", text("storage").as_slice(), class.as_bytes(), &text(key), &text("cpu"), b"K\x01tQ"].concat();
+        let storage =
+            [b"(", text("storage").as_slice(), class.as_bytes(), &text(key), &text("cpu"), b"K\x01tQ"].concat();
         let offset = [&[0x8a, 8], offset.to_le_bytes().as_slice()].concat();
         let hooks = b"\x89ccollections\nOrderedDict\n)R";
         let arguments = [b"(", storage.as_slice(), &offset, &ints(shape), &ints(stride), hooks, b"t"].concat();
@@ -410,7 +419,10 @@ mod tests {
         let central = good.windows(4).position(|bytes| bytes == b"PK\x01\x02").unwrap();
         (deflated[8], deflated[central + 10]) = (8, 8);
         for (bytes, reason) in [
-            (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.".to_vec(), "before version 1.6; load it in PyTorch, and save it"),
+            (
+                b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.".to_vec(),
+                "before version 1.6; load it in PyTorch, and save it",
+            ),
             (b"GIF89a".to_vec(), "it is no file of torch.save"),
             (Vec::new(), "it is no file of torch.save"),
             (good[..good.len() / 2].to_vec(), "not a whole file of torch.save"),

@@ -155,7 +155,11 @@ impl Reader<'_> {
             let template = Template::try_from(self.until(&[')'])?)?;
             self.wants(")")?;
             let count = template::count(&template, self.facts.shapes.keys());
-            return Ok(if count > 0 { Ok(Value::from(count)) } else { Err(format!("there is no tensor `{template}`")) });
+            return Ok(if count > 0 {
+                Ok(Value::from(count))
+            } else {
+                Err(format!("there is no tensor `{template}`"))
+            });
         }
         if self.takes("config(") {
             let key = self.until(&[')'])?;
@@ -215,7 +219,12 @@ mod tests {
 
     fn value(text: &str) -> Result<Value> {
         let config = json!({ "act": "gelu", "deep": { "heads": 3 }, "none": null });
-        let names = [("head.weight", vec![768, 16]), ("layers.0.w", vec![4]), ("layers.10.w", vec![4]), ("layers.10.b", vec![4])];
+        let names = [
+            ("head.weight", vec![768, 16]),
+            ("layers.0.w", vec![4]),
+            ("layers.10.w", vec![4]),
+            ("layers.10.b", vec![4]),
+        ];
         let shapes = names.map(|(name, shape)| (name.to_string(), shape)).into();
         Facts { config: &config, shapes: &shapes }.fill_in(&json!(format!("={text}")), "encoder.size")
     }

@@ -149,7 +149,8 @@ impl Map {
             Some((_, text)) => ((*text).to_string(), format!("weights/maps/{name}.toml").into()),
             None if !path.exists() => {
                 let names: Vec<_> = Self::built_in().collect();
-                let reason = format!("is neither a map's file nor one of the maps in the program: {}", names.join(", "));
+                let reason =
+                    format!("is neither a map's file nor one of the maps in the program: {}", names.join(", "));
                 return Err(Error::config(&path, reason));
             }
             None => (std::fs::read_to_string(&path).map_err(Error::io(&path))?, path),
@@ -290,7 +291,8 @@ impl Map {
 pub(crate) fn put(sections: &mut Value, key: &str, value: Value) -> std::result::Result<(), String> {
     let mut place = sections;
     for part in key.split('.') {
-        let fields = place.as_object_mut().ok_or_else(|| format!("--set {key}: what stands before it is no section"))?;
+        let fields =
+            place.as_object_mut().ok_or_else(|| format!("--set {key}: what stands before it is no section"))?;
         place = fields.entry(part).or_insert_with(|| serde_json::json!({}));
     }
     *place = value;
@@ -308,7 +310,8 @@ impl Written {
         self.tower |= tower;
         self.needs.extend(needs);
         self.tensors.splice(0..0, tensors);
-        self.fill.extend(fill.into_iter().filter(|fill| self.fill.iter().all(|own| own.to != fill.to)).collect::<Vec<_>>());
+        self.fill
+            .extend(fill.into_iter().filter(|fill| self.fill.iter().all(|own| own.to != fill.to)).collect::<Vec<_>>());
         self.drop.extend(drop);
         for (section, values) in config {
             let own = self.config.entry(section).or_insert_with(|| serde_json::json!({}));
@@ -370,8 +373,14 @@ mod tests {
     fn a_map_adds_to_what_it_extends() {
         let folder = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
-        write("a.toml", "about = 'a'\nextends = ['b.toml']\nprefixes = [['x.', '']]\ndrop = ['q']\n[config.decoder]\npatch_size = 8\n");
-        write("b.toml", "about = 'b'\nkey = 'ema'\nprefixes = [['m.', 'x.']]\n[[tensors]]\nfrom = 'p'\nto = 'q'\n[config.decoder]\npatch_size = 4\nhidden_size = 7\n");
+        write(
+            "a.toml",
+            "about = 'a'\nextends = ['b.toml']\nprefixes = [['x.', '']]\ndrop = ['q']\n[config.decoder]\npatch_size = 8\n",
+        );
+        write(
+            "b.toml",
+            "about = 'b'\nkey = 'ema'\nprefixes = [['m.', 'x.']]\n[[tensors]]\nfrom = 'p'\nto = 'q'\n[config.decoder]\npatch_size = 4\nhidden_size = 7\n",
+        );
         let map = Map::open(folder.path().join("a.toml").to_str().unwrap()).unwrap();
         assert_eq!((map.about(), map.key(), map.renamed("m.p").as_str()), ("a", Some("ema"), "p"));
         let config = map.config(&Value::Null, &BTreeMap::new(), &[]).unwrap();

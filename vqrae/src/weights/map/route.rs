@@ -115,14 +115,13 @@ impl Plan {
     }
 }
 
+/// A name that fits: which of the line's templates, what fills its gaps, and the name itself.
+type Source<'a> = (usize, Gaps, &'a String);
+
 impl Line {
     /// The routes of all names that fit; `used` learns which did.
-    pub(super) fn routes(
-        &self,
-        names: &[&String],
-        used: &mut [bool],
-    ) -> std::result::Result<Vec<Route>, String> {
-        let mut found: Vec<(Vec<String>, Vec<(usize, Gaps, &String)>)> = Vec::new();
+    pub(super) fn routes(&self, names: &[&String], used: &mut [bool]) -> std::result::Result<Vec<Route>, String> {
+        let mut found: Vec<(Vec<String>, Vec<Source>)> = Vec::new();
         for (i, name) in names.iter().enumerate() {
             for (place, template) in self.from.all().iter().enumerate() {
                 let Some(gaps) = template.gaps(name) else { continue };
@@ -134,7 +133,7 @@ impl Line {
                 }
             }
         }
-        let route = |(to, mut sources): (Vec<String>, Vec<(usize, Gaps, &String)>)| {
+        let route = |(to, mut sources): (Vec<String>, Vec<Source>)| {
             sources.sort_by(|a, b| a.0.cmp(&b.0).then_with(|| a.1.compare(&b.1)));
             let from: Vec<String> = sources.into_iter().map(|(_, _, name)| name.clone()).collect();
             if from.len() > 1 && self.join.is_none() {
@@ -210,7 +209,7 @@ fn full_shape(sizes: &[i64], x: &Tensor) -> Result<Vec<usize>> {
     let wrong = || candle_core::Error::Msg(format!("{:?} cannot become {sizes:?}", x.dims()));
     let known = sizes.iter().filter(|size| **size != -1).map(|size| usize::try_from(*size).ok());
     let known = known.into_iter().try_fold(1usize, |product, size| product.checked_mul(size?)).ok_or_else(wrong)?;
-    let left = if known == 0 { 0 } else { x.elem_count() / known };
+    let left = x.elem_count().checked_div(known).unwrap_or(0);
     let gaps = sizes.iter().filter(|size| **size == -1).count();
     if gaps > 1 || known * if gaps == 1 { left } else { 1 } != x.elem_count() {
         return Err(wrong());
@@ -264,7 +263,8 @@ mod tests {
 
     #[test]
     fn one_tensor_becomes_several() {
-        let line = line("from = 'qkv.{kind}'\nto = ['q.{kind}', 'k.{kind}', 'v.{kind}']\nsteps = [{ transpose = [0, 1] }]");
+        let line =
+            line("from = 'qkv.{kind}'\nto = ['q.{kind}', 'k.{kind}', 'v.{kind}']\nsteps = [{ transpose = [0, 1] }]");
         let route = &routes(&line, &["qkv.weight"]).unwrap()[0];
         assert_eq!(route.to, ["q.weight", "k.weight", "v.weight"]);
         let made = route.apply(vec![Tensor::arange(0f32, 6., &Device::Cpu).unwrap().reshape((2, 3)).unwrap()]).unwrap();
@@ -277,17 +277,26 @@ mod tests {
         for (steps, expected) in [
             ("[{ squeeze = 0 }, { slice = { dim = 0, start = 1 } }]", vec![2., 3., 4., 5.]),
             ("[{ reshape = [-1] }, { slice = { dim = 0, start = 1, end = 3 } }]", vec![1., 2.]),
-            ("[{ slice = { dim = 1, start = 2 } }, { add = 1.0 }, { power = 2.0 }, { multiply = 2.0 }]", vec![50., 72.]),
+            (
+                "[{ slice = { dim = 1, start = 2 } }, { add = 1.0 }, { power = 2.0 }, { multiply = 2.0 }]",
+                vec![50., 72.],
+            ),
         ] {
             let line = line(&format!("from = 'a'\nto = 'b'\nsteps = {steps}"));
             let made = routes(&line, &["a"]).unwrap()[0].apply(vec![x.clone()]).unwrap();
             assert_eq!(made[0].flatten_all().unwrap().to_vec1::<f32>().unwrap(), expected, "{steps}");
         }
-        for steps in ["[{ squeeze = 1 }]", "[{ reshape = [4, -1] }]", "[{ slice = { dim = 1, start = 3 } }]", "[{ squeeze = 7 }]"] {
+        for steps in [
+            "[{ squeeze = 1 }]",
+            "[{ reshape = [4, -1] }]",
+            "[{ slice = { dim = 1, start = 3 } }]",
+            "[{ squeeze = 7 }]",
+        ] {
             let line = line(&format!("from = 'a'\nto = 'b'\nsteps = {steps}"));
             assert!(routes(&line, &["a"]).unwrap()[0].apply(vec![x.clone()]).is_err(), "{steps}");
         }
-        let blocks = [Tensor::new(&[[1f32, 2.]], &Device::Cpu).unwrap(), Tensor::new(&[[3f32], [4.]], &Device::Cpu).unwrap()];
+        let blocks =
+            [Tensor::new(&[[1f32, 2.]], &Device::Cpu).unwrap(), Tensor::new(&[[3f32], [4.]], &Device::Cpu).unwrap()];
         assert_eq!(diagonal(&blocks).unwrap().to_vec2::<f32>().unwrap(), [[1., 2., 0.], [0., 0., 3.], [0., 0., 4.]]);
     }
 }
