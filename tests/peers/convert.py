@@ -73,7 +73,7 @@ def compare(case: str, folder: pathlib.Path) -> tuple:
     run("tokenize", folder / "photos", "-o", folder / "codes", "--reconstruct", *shared)
     codes = load_file(folder / "codes/codes/x.png.safetensors")["codes"].flatten()
     differ = (codes != reference["indices"][0].int()).sum().item()
-    painted = np.asarray(Image.open(folder / "codes/reconstructions/x.png")).astype(int)
+    painted = np.asarray(Image.open(folder / "codes/reconstructions/x.png.png")).astype(int)
     pixel = int(np.abs(painted - eight_bits(reference["image"][0]).astype(int)).max())
     return feature, differ, pixel
 
