@@ -11,6 +11,7 @@ mod inference;
 mod invariance;
 mod model;
 mod ops;
+mod pairs;
 mod parity;
 mod quantizers;
 mod simvq;
