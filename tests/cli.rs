@@ -1,5 +1,7 @@
 //! The binary on temporary folders: what it writes, what it says, and how it ends.
 
+mod resolutions;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -47,6 +49,19 @@ impl Bench {
 
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// The tiny model's encoder as a folder of its own, as the hub lays it out.
+    fn pretrained(&self, name: &str) {
+        let weights = self.bytes("model/model.safetensors");
+        let tensors = safetensors::SafeTensors::deserialize(&weights).expect("a safetensors file").tensors();
+        let below =
+            |(name, tensor): &(String, _)| Some((name.strip_prefix("encoder.")?.to_string(), Clone::clone(tensor)));
+        let encoder: Vec<(String, safetensors::tensor::TensorView)> = tensors.iter().filter_map(below).collect();
+        self.write(&format!("{name}/model.safetensors"), &safetensors::serialize(encoder, None).expect("bytes"));
+        let config: Value = serde_json::from_slice(&self.bytes("model/config.json")).expect("JSON");
+        self.write(&format!("{name}/config.json"), config["encoder"].to_string().as_bytes());
+        self.write(&format!("{name}/preprocessor_config.json"), &self.bytes("model/preprocessor_config.json"));
     }
 
     fn make_model(&self, name: &str, seed: u64) {
@@ -256,6 +271,62 @@ fn features_are_one_row_a_token() {
 }
 
 #[test]
+fn statistics_of_features_make_a_model_that_normalises_them() {
+    let bench = Bench::with_photos(5);
+    bench.write("photos/broken.png", b"no image");
+    bench.run("features photos --statistics a/b.safetensors --model model --batch-size 1 --num-workers 1").exits(3);
+    bench.run("features photos --statistics c.safetensors --model model --batch-size 4 --num-workers 3").exits(3);
+    assert!(bench.bytes("a/b.safetensors") == bench.bytes("c.safetensors"), "the batch changes the statistics");
+    assert!(String::from_utf8_lossy(&bench.bytes("c.safetensors.errors.jsonl")).contains("broken.png"));
+
+    bench.run("features photos -o out --model model").exits(3);
+    let mut values: Vec<f64> = Vec::new();
+    for (_, bytes) in bench.tree("out/features") {
+        let file = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
+        let data = file.tensor("features").expect("the tensor").data();
+        values.extend(data.as_chunks::<4>().0.iter().map(|&x| f64::from(f32::from_le_bytes(x))));
+    }
+    assert_eq!(values.len(), 5 * 16 * 16);
+    let bytes = bench.bytes("c.safetensors");
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    let column = |name: &str, i: usize| {
+        let tensor = file.tensor(name).expect("the tensor");
+        assert_eq!(tensor.shape(), if name.starts_with("channel") { &[16][..] } else { &[16, 16] });
+        f64::from(f32::from_le_bytes(tensor.data().as_chunks::<4>().0[i]))
+    };
+    let check = |kind: &str, i: usize, values: Vec<f64>| {
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        let var = values.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / values.len() as f64;
+        assert!((column(&format!("{kind}.mean"), i) - mean).abs() <= 1e-6 * mean.abs().max(1e-3), "{kind} {i}");
+        assert!((column(&format!("{kind}.var"), i) - var).abs() <= 1e-6 * var, "{kind} {i}");
+    };
+    (0..16).for_each(|i| check("channel", i, values.iter().skip(i).step_by(16).copied().collect()));
+    (0..256).for_each(|i| check("position", i, values.iter().skip(i).step_by(256).copied().collect()));
+
+    bench.pretrained("siglip");
+    let config: Value = serde_json::from_slice(&bench.bytes("model/config.json")).expect("JSON");
+    let wishes = serde_json::json!({
+        "encoder": { "features": { "layer": 1 } },
+        "quantizer": config["quantizer"],
+        "latent": { "normalize": "position", "denormalize": true },
+    });
+    bench.write("config.json", wishes.to_string().as_bytes());
+    let command = "init --encoder siglip --config config.json -o new";
+    bench.run(command).exits(1).says(&["config.json", "--latent-statistics"]);
+    bench.run(&format!("{command} --latent-statistics c.safetensors")).exits(0);
+    let told = bench.run("inspect new").exits(0).stdout;
+    for line in ["features", "hidden_states[1]", "config.latent.normalize", "position"] {
+        assert!(told.contains(line), "{line}: {told}");
+    }
+    bench.run("tokenize photos/0000.png -o out2 --model new").exits(0);
+    bench.run("tokenize photos/0000.png -o out3 --model new --image-size 64").exits(1).says(&["a grid of 4×4"]);
+    let book = bench.run("codebook -o book --model new --json").exits(0).stdout;
+    let book: Value = serde_json::from_str(&book).expect("JSON");
+    assert_eq!(book["codebook_size"].as_u64(), Some(64));
+    assert!(bench.path("book/atlas.png").exists());
+}
+
+#[test]
 fn files_globs_and_folders_may_be_mixed() {
     let bench = Bench::with_photos(6);
     bench.make_photo("other/dog.png", 1);
@@ -288,6 +359,9 @@ fn words_that_make_no_sense_exit_with_2() {
         "tokenize photos -o out --image-size wide",
         "tokenize photos -o out --resize-mode stretch",
         "tokenize photos -o out --strict --max-errors 3",
+        "features photos",
+        "features photos -o out --statistics out.safetensors",
+        "features photos --statistics out.safetensors --if-exists overwrite",
         "juggle photos",
     ] {
         assert!(bench.run(line).exits(2).stdout.is_empty());
@@ -614,13 +688,8 @@ fn several_codes_a_token_go_from_photos_to_files_and_back() {
 #[test]
 fn init_makes_a_model_that_tokenizes() {
     let bench = Bench::with_photos(1);
-    let weights = bench.bytes("model/model.safetensors");
-    let tensors = safetensors::SafeTensors::deserialize(&weights).expect("a safetensors file").tensors();
-    let encoder = tensors.iter().filter_map(|(name, tensor)| Some((name.strip_prefix("encoder.")?, tensor.clone())));
-    bench.write("siglip/model.safetensors", &safetensors::serialize(encoder, None).expect("bytes"));
+    bench.pretrained("siglip");
     let config: Value = serde_json::from_slice(&bench.bytes("model/config.json")).expect("JSON");
-    bench.write("siglip/config.json", config["encoder"].to_string().as_bytes());
-    bench.write("siglip/preprocessor_config.json", &bench.bytes("model/preprocessor_config.json"));
     bench.write("config.json", serde_json::json!({ "quantizer": config["quantizer"] }).to_string().as_bytes());
 
     let run = bench.run("init --encoder siglip --config config.json -o new --seed 3").exits(0);

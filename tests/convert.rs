@@ -142,7 +142,7 @@ fn a_decoder_alone_takes_the_rest_from_a_base() {
     assert_eq!(case.convert(&options).parts["quantizer"], "fresh, wants training");
     options.fresh = vec!["head".to_string()];
     let error = convert(&case.checkpoint, &case.folder.path().join("other"), &options).unwrap_err().to_string();
-    assert!(error.contains("--fresh head: expected: encoder, quantizer, decoder"), "{error}");
+    assert!(error.contains("--fresh head: expected: encoder, fusion, latent, quantizer, decoder"), "{error}");
     options = Options { base: None, ..options };
     options.fresh.clear();
     let error = convert(&case.checkpoint, &case.folder.path().join("other"), &options).unwrap_err().to_string();

@@ -31,7 +31,7 @@ fn encoder_in(folder: &Path) -> PathBuf {
 fn start(encoder: &Path, folder: &Path, wishes: &Value) -> vqrae::Result<InitReport> {
     let file = folder.join("wishes.json");
     fs::write(&file, wishes.to_string()).unwrap();
-    init(encoder, &file, &folder.join("model"), SEED)
+    init(encoder, &file, &[], None, &folder.join("model"), SEED)
 }
 
 fn wishes() -> Value {

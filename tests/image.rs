@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use vqrae::image::{
-    self, ErrorKind, JPEG_DECODER, Limits, Preprocessor, Resample, ResizeMode, Rgb, decode, open, save_png,
+    self, ErrorKind, JPEG_DECODER, Limits, Naflex, Preprocessor, Resample, ResizeMode, Rgb, decode, open, save_png,
 };
 
 fn fixtures() -> PathBuf {
@@ -73,34 +73,43 @@ fn all_eight_exif_orientations_show_the_same_way_up_as_pillow() {
     }
 }
 
-fn cases() -> Vec<Value> {
-    serde_json::from_slice(&fs::read(fixtures().join("prepare/cases.json")).unwrap()).unwrap()
+/// The folders of cases: one size for all images, and each image its own.
+const PREPARED: [&str; 2] = ["prepare", "naflex"];
+
+fn cases(folder: &str) -> Vec<Value> {
+    serde_json::from_slice(&fs::read(fixtures().join(folder).join("cases.json")).unwrap()).unwrap()
 }
 
 fn text<'a>(case: &'a Value, key: &str) -> &'a str {
     case[key].as_str().unwrap()
 }
 
-/// Squash and center-crop are transformers' processors, adm-crop is Pillow, pad is torchvision's resize.
+/// Squash, center-crop and naflex are transformers' processors, adm-crop is Pillow, pad is torchvision's resize.
 #[test]
 fn every_mode_gives_the_pixels_of_its_reference() {
-    let folder = fixtures().join("prepare");
-    for case in cases() {
+    for (folder, case) in PREPARED.iter().flat_map(|folder| cases(folder).into_iter().map(move |case| (folder, case))) {
         let preprocessor = Preprocessor::from_json(&case["config"].to_string()).unwrap();
-        let input = open(&folder.join(text(&case, "input")), &Limits::default()).unwrap();
+        let input = open(&fixtures().join("prepare").join(text(&case, "input")), &Limits::default()).unwrap();
         let got = preprocessor.prepare(&input).unwrap();
         let name = format!("{} {} {:?}", text(&case, "input"), preprocessor.tag(), preprocessor.size);
-        assert_pixels(&name, &got, &expected_pixels(&folder.join(text(&case, "expected"))), 0);
+        let expected = expected_pixels(&fixtures().join(folder).join(text(&case, "expected")));
+        assert_pixels(&name, &got, &expected, 0);
     }
 }
 
 #[test]
 fn normalised_values_equal_those_of_transformers_bit_for_bit() {
-    let folder = fixtures().join("prepare");
+    let seen: usize = PREPARED.iter().map(|folder| assert_values(folder)).sum();
+    assert!(seen >= 9, "only {seen} tensors were compared");
+}
+
+/// Compares the values of a folder's cases, and tells how many there are.
+fn assert_values(folder: &str) -> usize {
+    let (cases, folder) = (cases(folder), fixtures().join(folder));
     let bytes = fs::read(folder.join("pixel_values.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let mut seen = 0;
-    for case in cases().iter().filter(|case| case.get("pixel_values").is_some()) {
+    for case in cases.iter().filter(|case| case.get("pixel_values").is_some()) {
         let name = text(case, "pixel_values");
         let preprocessor = Preprocessor::from_json(&case["config"].to_string()).unwrap();
         let prepared = expected_pixels(&folder.join(text(case, "expected")));
@@ -116,7 +125,68 @@ fn normalised_values_equal_those_of_transformers_bit_for_bit() {
         assert_pixels(name, &back, &prepared, 0);
         seen += 1;
     }
-    assert!(seen >= 8, "only {seen} tensors were compared");
+    seen
+}
+
+#[test]
+fn naflex_finds_the_sizes_that_transformers_finds() {
+    let sizes: Vec<[usize; 6]> =
+        serde_json::from_slice(&fs::read(fixtures().join("naflex/sizes.json")).unwrap()).unwrap();
+    for [height, width, patch_size, max_num_patches, expected_height, expected_width] in &sizes {
+        let naflex = Naflex { patch_size: *patch_size, max_num_patches: *max_num_patches };
+        let got = naflex.size_of(*height, *width);
+        assert_eq!(got, (*expected_height, *expected_width), "{height}x{width} by {naflex:?}");
+    }
+    assert_eq!(sizes.len(), 300);
+}
+
+#[test]
+fn a_naflex_config_is_read_and_written_as_transformers_has_it() {
+    for case in cases("naflex") {
+        let ours = Preprocessor::from_json(&case["config"].to_string()).unwrap().to_json();
+        for (key, value) in ours.as_object().unwrap().iter().filter(|(key, _)| *key != "do_convert_rgb") {
+            assert_eq!(value, &case["config"][key], "{key}");
+        }
+        assert!(ours.get("max_num_patches").is_some() && ours.get("size").is_none());
+    }
+    let read = |text: &str| Preprocessor::from_json(text).unwrap();
+    let fast = r#"{"image_processor_type": "Siglip2ImageProcessorFast", "resample": 2, "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5]}"#;
+    let expected = Preprocessor { resize_mode: ResizeMode::Naflex, ..Preprocessor::siglip(256, Resample::Bilinear) };
+    let expected = Preprocessor { naflex: Some(Naflex { patch_size: 16, max_num_patches: 256 }), ..expected };
+    assert_eq!(read(fast), expected);
+    assert_eq!(expected.tag(), format!("naflex-256-of-16-bilinear-torchvision/{JPEG_DECODER}"));
+    // Another mode wants a size, and has no budget.
+    let squash =
+        SIGLIP.replace("\"do_rescale\"", "\"max_num_patches\": 9, \"resize_mode\": \"squash\", \"do_rescale\"");
+    assert_eq!(read(&squash).naflex, None);
+}
+
+#[test]
+fn another_resolution_shows_the_same_view() {
+    let clip = r#"{"size": {"shortest_edge": 75}, "crop_size": 64, "do_center_crop": true, "resample": 3,
+        "do_normalize": false}"#;
+    let clip = Preprocessor::from_json(clip).unwrap();
+    let larger = clip.at((128, 128));
+    assert_eq!((larger.size, larger.shortest_edge), ((128, 128), Some(150)));
+    assert_eq!(clip.at((64, 64)), clip);
+    let naflex = Some(Naflex { patch_size: 16, max_num_patches: 256 });
+    let naflex = Preprocessor { naflex, resize_mode: ResizeMode::Naflex, ..clip };
+    let wide = naflex.at((64, 256));
+    assert_eq!((wide.naflex.unwrap().max_num_patches, wide.size), (64, (128, 128)));
+}
+
+#[test]
+fn naflex_without_resizing_takes_whole_patches_alone() {
+    let config = r#"{"max_num_patches": 9, "patch_size": 8, "do_resize": false, "do_normalize": false}"#;
+    let preprocessor = Preprocessor::from_json(config).unwrap();
+    let image = |width: usize| Rgb::new(width, 16, vec![7; 3 * width * 16]).unwrap();
+    assert_eq!(preprocessor.prepare(&image(24)).unwrap(), image(24));
+    let message = preprocessor.prepare(&image(23)).unwrap_err().to_string();
+    assert!(message.contains("23x16, which are no whole patches of 8"), "{message}");
+    let without = Preprocessor { naflex: None, do_resize: true, ..preprocessor };
+    let message = without.prepare(&image(24)).unwrap_err().to_string();
+    assert!(message.contains("needs a patch_size and max_num_patches"), "{message}");
 }
 
 #[test]
@@ -352,7 +422,7 @@ fn the_config_of_siglip_2_is_read() {
 
 #[test]
 fn every_config_survives_the_round_trip() {
-    for case in cases() {
+    for case in PREPARED.iter().flat_map(|folder| cases(folder)) {
         let read = Preprocessor::from_json(&case["config"].to_string()).unwrap();
         assert_eq!(Preprocessor::from_json(&read.to_json().to_string()).unwrap(), read);
     }
@@ -381,8 +451,12 @@ fn a_wrong_config_names_the_key() {
         ("rescale_factor", "0", "`rescale_factor` is wrong"),
         ("do_resize", "\"yes\"", "`do_resize` is wrong, expected: true or false, got: \"yes\""),
         ("do_pad", "true", "`do_pad` is not supported"),
-        ("resize_mode", "\"stretch\"", "`resize_mode` is wrong, expected: squash, center-crop, adm-crop or pad"),
-        ("max_num_patches", "256", "`max_num_patches` is not supported"),
+        (
+            "resize_mode",
+            "\"stretch\"",
+            "`resize_mode` is wrong, expected: squash, center-crop, adm-crop, pad or naflex",
+        ),
+        ("max_num_patches", "0", "`max_num_patches` is wrong, expected: 1 to 1048576, got: 0"),
     ] {
         let mut config: Value = serde_json::from_str(SIGLIP).unwrap();
         config[key] = serde_json::from_str(value).unwrap();
@@ -408,7 +482,7 @@ fn a_config_file_that_cannot_be_read_is_named() {
 
 #[test]
 fn modes_are_written_as_they_are_read() {
-    for name in ["squash", "center-crop", "adm-crop", "pad"] {
+    for name in ["squash", "center-crop", "adm-crop", "pad", "naflex"] {
         let mode: ResizeMode = name.parse().unwrap();
         assert_eq!((mode.to_string().as_str(), serde_json::to_value(mode).unwrap()), (name, Value::from(name)));
     }

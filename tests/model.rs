@@ -4,7 +4,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Result, Tensor};
 use vqrae::encoder::{self, SiglipConfig};
-use vqrae::image::{Preprocessor, Resample};
+use vqrae::image::{Naflex, Preprocessor, Resample, Rgb};
 use vqrae::quantizer::{self, Metric, SimVqConfig};
 use vqrae::weights::Tensors;
 use vqrae::{Config, Vqrae, decoder, metrics, model};
@@ -69,6 +69,36 @@ fn the_output_patch_may_differ_from_the_input_patch() -> Result<()> {
     let model = new(tiny(Metric::Euclidean, decoder));
     let indices = model.encode_to_indices(&pixels(1, 24, 40)?)?;
     assert_eq!(model.decode_from_indices(&indices)?.dims(), [1, 3, 36, 60]);
+    Ok(())
+}
+
+#[test]
+fn a_reconstruction_of_another_size_is_compared_with_the_original_at_that_size() -> Result<()> {
+    let model = new(tiny(Metric::Euclidean, decoder::Config { patch_size: Some(12), ..decoder::Config::default() }));
+    let levels = (0..3 * 61 * 47).map(|i| (i * i % 251) as u8).collect();
+    let photo = Rgb::new(61, 47, levels).expect("a photo");
+    for mode in ["squash", "center-crop", "adm-crop", "pad", "naflex"] {
+        let preprocessor = Preprocessor {
+            resize_mode: mode.parse().expect(mode),
+            naflex: Some(Naflex { patch_size: 8, max_num_patches: 20 }),
+            shortest_edge: Some(40),
+            ..model.preprocessor().clone()
+        };
+        let seen = preprocessor.prepare(&photo).expect(mode);
+        let (h, w) = (seen.height, seen.width);
+        assert_eq!(preprocessor.prepare_at(&photo, (h, w)).expect(mode), seen, "{mode}");
+        let pixels = Tensor::from_vec(preprocessor.normalize(&seen), (1, 3, h, w), &Device::Cpu)?;
+        let painted = model.decode_from_indices(&model.encode_to_indices(&pixels)?)?.flatten_all()?.to_vec1()?;
+        let (h, w) = (h / 8 * 12, w / 8 * 12);
+        let painted = preprocessor.denormalize_to_rgb(&painted, h, w);
+        let original = preprocessor.prepare_at(&photo, (h, w)).expect(mode);
+        assert!(metrics::psnr(&original, &painted).is_some_and(f64::is_finite), "{mode}");
+        assert_eq!(metrics::psnr(&seen, &painted), None);
+        // The same view: brought to the small size, the large original is nearly the small one.
+        let small = Preprocessor { size: (seen.height, seen.width), ..Preprocessor::siglip(32, Resample::Bicubic) };
+        let psnr = metrics::psnr(&small.prepare(&original).expect(mode), &seen).expect("one size");
+        assert!(psnr > 20.0, "{mode}: {psnr}");
+    }
     Ok(())
 }
 

@@ -119,8 +119,12 @@ fn full_size_encoders_equal_transformers_where_a_folder_of_them_is_given() {
     );
     for model in models {
         let name = model.file_name().unwrap().to_string_lossy();
+        let reference = reference(&model, "16x16");
+        if reference.is_empty() {
+            continue; // One of fixtures/encoders/make.py, which tests/encoders.rs compares.
+        }
         let encoder = load(&model, Backend::Vit, Features::LastHiddenState);
-        let (worst, at) = assert_states(&encoder, &name, &reference(&model, "16x16"));
+        let (worst, at) = assert_states(&encoder, &name, &reference);
         say(&format!("{name}: worst relative error {worst:.1e}, at {at}"));
     }
 }

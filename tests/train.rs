@@ -351,6 +351,108 @@ fn a_run_may_start_from_a_model_folder_and_take_its_config() {
     fails_with(&other, &["nowhere", "config.json"]);
 }
 
+/// A folder of a fixture's encoder, with a preprocessor where it has none.
+fn encoder(bench: &Bench, fixture: &str) -> PathBuf {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+    let folder = bench.path("encoder");
+    std::fs::create_dir_all(&folder).expect("a folder");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixtures.join(fixture).join(file), folder.join(file)).expect("copying");
+    }
+    let preprocessor = "preprocessor_config.json";
+    std::fs::copy(fixtures.join("siglip/tiny").join(preprocessor), folder.join(preprocessor)).expect("copying");
+    folder
+}
+
+fn cli(arguments: &[&str]) -> Output {
+    Command::new(BINARY).args(arguments).stdin(Stdio::null()).output().expect("the program")
+}
+
+#[test]
+fn the_four_models_of_the_starting_document_begin_train_ten_steps_and_tokenize() {
+    const SMALL_VQ: [&str; 2] = ["model.quantizer.codebook_size=24", "model.quantizer.codebook_dim=24"];
+    const SMALL_VIT: [&str; 4] = [
+        "model.decoder.hidden_size=24",
+        "model.decoder.num_hidden_layers=1",
+        "model.decoder.num_attention_heads=3",
+        "model.decoder.intermediate_size=32",
+    ];
+    let bench = Bench::new();
+    let recipe = |name: &str| format!("{}/../weights/recipes/{name}.toml", env!("CARGO_MANIFEST_DIR"));
+    let tokenizes = |run: &str, side: usize| {
+        let (model, out) = (bench.path(&format!("{run}/model")), bench.path(&format!("{run}/codes")));
+        let (model, out) = (model.to_str().expect("a path"), out.to_str().expect("a path"));
+        let photos = bench.path("photos");
+        succeeds(&cli(&["tokenize", photos.to_str().expect("a path"), "-o", out, "--model", model]));
+        let codes = vqrae::codes::Codes::read(Path::new(out).join("codes/0.png.safetensors")).expect("codes");
+        assert_eq!((codes.h, codes.w), (side, side));
+    };
+    let trains = |run: &str, name: &str, start: &Path, more: &[&str]| {
+        let start = format!("start.path={:?}", start.to_str().expect("a path"));
+        let mut command = Command::new(BINARY);
+        command.args(["train", "--config", &recipe(name), "--data"]).arg(bench.path("photos"));
+        command.arg("--val").arg(bench.path("photos")).arg("--output-dir").arg(bench.path(run));
+        let steps = ["train.steps=10", "train.batch_size=3", "train.warmup_steps=2", "train.log_every=5"];
+        steps.iter().chain(more).chain([&start.as_str()]).for_each(|set| {
+            command.args(["--set", set]);
+        });
+        let output = command.stdin(Stdio::null()).output().expect("the program");
+        succeeds(&output);
+        let log = bench.log(run);
+        assert_eq!(log.last().and_then(|line| line["step"].as_u64()), Some(10), "{name}");
+        assert!(log.iter().filter_map(|line| line["loss"].as_f64()).all(f64::is_finite), "{name}");
+    };
+    let begins = |name: &str, encoder: &Path, sets: &[&str]| {
+        let folder = bench.path(&format!("{name}-start"));
+        let mut arguments = vec!["init", "--encoder", encoder.to_str().expect("a path")];
+        let recipe = recipe(name);
+        arguments.extend(["--config", &recipe, "-o", folder.to_str().expect("a path")]);
+        sets.iter().for_each(|set| arguments.extend(["--set", set]));
+        succeeds(&cli(&arguments));
+        folder
+    };
+
+    let dinov2 = encoder(&bench, "encoders/dinov2-registers");
+    let small: Vec<&str> = SMALL_VQ.into_iter().chain(SMALL_VIT).collect();
+    for name in ["seed-dinov2-b-pretrained", "seed-dinov2-b"] {
+        let folder = begins(name, &dinov2, &small);
+        trains(name, name, &folder, &small);
+        tokenizes(name, 4);
+        // 4×4 patches of 16 pixels, from an encoder of 8.
+        let (model, out) = (bench.path(&format!("{name}/model")), bench.path(&format!("{name}/painted")));
+        let (codes, photo) = (bench.path(&format!("{name}/codes/codes")), out.join("reconstructions/0.png.png"));
+        let words = [codes, "-o".into(), out, "--model".into(), model].map(|word| word.display().to_string());
+        succeeds(&cli(&["reconstruct", &words[0], &words[1], &words[2], &words[3], &words[4]]));
+        let painted = image::open(&photo).unwrap_or_else(|error| panic!("{}: {error}", photo.display()));
+        assert_eq!((painted.width(), painted.height()), (64, 64));
+    }
+
+    let siglip = encoder(&bench, "siglip/tiny");
+    let (stage1, stage2) = ("seed-siglip-l-stage1", "seed-siglip-l-stage2");
+    let folder = begins(stage1, &siglip, &SMALL_VQ);
+    trains(stage1, stage1, &folder, &SMALL_VQ);
+    tokenizes(stage1, 4);
+    trains(stage2, stage2, &bench.path(&format!("{stage1}/model")), &SMALL_VQ);
+    tokenizes(stage2, 4);
+    let encoder = |run: &str| {
+        let tensors = vqrae::weights::read(&bench.path(&format!("{run}/model"))).expect("a model");
+        values(&tensors["encoder.vision_model.encoder.layers.0.mlp.fc1.weight"])
+    };
+    let original = vqrae::weights::read(&folder).expect("a model");
+    let original = values(&original["encoder.vision_model.encoder.layers.0.mlp.fc1.weight"]);
+    assert!(encoder(stage1) == original, "stage 1 freezes the encoder");
+
+    // A folder that was made with another quantizer is not what the recipe says.
+    let start = format!("start.path={:?}", folder.to_str().expect("a path"));
+    let mut arguments = vec!["train".to_string(), "--config".into(), recipe(stage1), "--data".into()];
+    arguments.extend(
+        [bench.path("photos"), "--output-dir".into(), bench.path("x")].map(|x: PathBuf| x.display().to_string()),
+    );
+    arguments.extend(["--set".into(), start]);
+    let refused = cli(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    fails_with(&refused, &["`quantizer`", "vqrae-cli init --config"]);
+}
+
 #[test]
 fn a_config_with_an_unknown_key_is_refused_by_its_name() {
     let bench = Bench::new();

@@ -6,26 +6,70 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::Scope;
 
-use anyhow::{Context, Result};
-use vqrae::image::{self, Limits, Preprocessor, Rgb};
+use anyhow::{Context, Result, bail};
+use vqrae::image::{self, Limits, Rgb};
 use vqrae::{Tensor, Vqrae};
 
 use crate::plan::Input;
 use crate::report::{Exit, Progress};
+use crate::view::View;
 
 /// An image as the model takes it.
 pub(crate) struct Loaded {
-    /// Brought to the model's size.
-    pub(crate) image: Rgb,
-    /// The same, normalised, `[3, H, W]`.
+    /// Rows and columns.
+    pub(crate) size: (usize, usize),
+    /// Normalised, `[3, H, W]`.
     pub(crate) pixels: Vec<f32>,
 }
 
-/// Decodes and prepares one image, or says what is wrong with it.
-pub(crate) fn load(input: &Input, preprocessor: &Preprocessor, limits: &Limits) -> Result<Loaded, String> {
+/// Decodes one image and prepares it for each view, or says what is wrong with it.
+pub(crate) fn load(input: &Input, views: &[View], limits: &Limits) -> Result<Vec<Loaded>, String> {
     let image = image::open(&input.path, limits).map_err(|error| error.to_string())?;
-    let image = preprocessor.prepare(&image).map_err(|error| error.to_string())?;
-    Ok(Loaded { pixels: preprocessor.normalize(&image), image })
+    let load = |view: &View| Ok(prepare(&image, view)?.0);
+    views.iter().map(load).collect::<Result<_, image::ErrorKind>>().map_err(|error| error.to_string())
+}
+
+fn prepare(image: &Rgb, view: &View) -> Result<(Loaded, Rgb), image::ErrorKind> {
+    let prepared = view.preprocessor.prepare(image)?;
+    let size = (prepared.height, prepared.width);
+    Ok((Loaded { size, pixels: view.preprocessor.normalize(&prepared) }, prepared))
+}
+
+/// [`load`], and the same views at the sizes of their reconstructions, to compare with.
+pub(crate) fn load_beside(input: &Input, views: &[View], limits: &Limits) -> Result<Vec<(Loaded, Rgb)>, String> {
+    let image = image::open(&input.path, limits).map_err(|error| error.to_string())?;
+    let load = |view: &View| {
+        let (loaded, prepared) = prepare(&image, view)?;
+        let painted = view.painted(loaded.size);
+        let original = if painted == loaded.size { prepared } else { view.preprocessor.prepare_at(&image, painted)? };
+        Ok((loaded, original))
+    };
+    views.iter().map(load).collect::<Result<_, image::ErrorKind>>().map_err(|error| error.to_string())
+}
+
+/// What `compute` makes of each of `items`, in their order. It is given items of one `kind` at a time, `most` at most: a
+/// batch holds images of one size, and the photos of one folder may have many.
+pub(crate) fn each_alike<T, K: PartialEq, R>(
+    items: &[T],
+    most: usize,
+    kind: impl Fn(&T) -> K,
+    mut compute: impl FnMut(&[&T]) -> Result<Vec<R>>,
+) -> Result<Vec<R>> {
+    let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
+    let mut left: Vec<usize> = (0..items.len()).collect();
+    while let Some(&first) = left.first() {
+        let wanted = kind(&items[first]);
+        let (alike, others): (Vec<_>, Vec<_>) = left.into_iter().partition(|&i| kind(&items[i]) == wanted);
+        for chunk in alike.chunks(most.max(1)) {
+            let made = compute(&chunk.iter().map(|&i| &items[i]).collect::<Vec<_>>())?;
+            if made.len() != chunk.len() {
+                bail!("{} results of {} items", made.len(), chunk.len());
+            }
+            chunk.iter().zip(made).for_each(|(&i, made)| results[i] = Some(made));
+        }
+        left = others;
+    }
+    Ok(results.into_iter().flatten().collect())
 }
 
 /// One batch of pixels, `[B, 3, H, W]`, of images of one size. Where results could depend on the batch, the last one is
@@ -40,7 +84,7 @@ pub(crate) fn stack<'a>(
     let mut size = (0, 0);
     for loaded in images {
         pixels.extend_from_slice(&loaded.pixels);
-        size = (loaded.image.height, loaded.image.width);
+        size = loaded.size;
     }
     pixels.resize(count * 3 * size.0 * size.1, 0.0);
     Ok(Tensor::from_vec(pixels, (count, 3, size.0, size.1), model.device())?)

@@ -12,6 +12,7 @@ mod output;
 mod plan;
 mod report;
 mod sheet;
+mod view;
 
 use std::process::ExitCode;
 

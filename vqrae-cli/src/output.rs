@@ -7,6 +7,8 @@
 //! OUT/reconstructions/<path>.png
 //! OUT/features/<path>.safetensors
 //! ```
+//!
+//! At several resolutions, `<path>` is marked with each: `codes/cats/tom.jpg@256x256.safetensors`.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -15,11 +17,13 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use vqrae::image::{Preprocessor, Rgb};
+use serde_json::{Value, json};
+use vqrae::image::{Preprocessor, ResizeMode, Rgb};
 use vqrae::{Error, Vqrae, codes, image};
 use walkdir::WalkDir;
 
 use crate::plan::Input;
+use crate::view::View;
 
 /// What to do where an earlier run has written.
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,10 +51,12 @@ impl std::fmt::Display for Origin {
 }
 
 impl Origin {
-    pub(crate) fn new(model: &Vqrae, preprocessor: &Preprocessor) -> Self {
+    /// Of files of all these views.
+    pub(crate) fn new(model: &Vqrae, views: &[View]) -> Self {
+        let preprocessing: Vec<_> = views.iter().map(|view| preprocessing(&view.preprocessor)).collect();
         Self {
             model_id: model.id().to_string(),
-            preprocessing: preprocessing(preprocessor),
+            preprocessing: preprocessing.join(", "),
             dtype: model.precision().to_string(),
         }
     }
@@ -69,12 +75,15 @@ struct Manifest<'a> {
     version: &'static str,
     #[serde(flatten)]
     origin: &'a Origin,
-    image_size: [usize; 2],
+    /// Of several resolutions a list; left out where every image has its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    image_size: Option<Value>,
     codebook_size: usize,
     /// Left out where it is 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     codebooks: Option<usize>,
-    grid: [usize; 2],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grid: Option<Value>,
     order: &'static str,
     index_base: usize,
 }
@@ -90,31 +99,32 @@ pub(crate) struct Output {
 
 impl Output {
     /// Makes or enters the folder, and refuses one that holds another model's work.
-    pub(crate) fn open(folder: &Path, model: &Vqrae, preprocessor: &Preprocessor, if_exists: IfExists) -> Result<Self> {
+    pub(crate) fn open(folder: &Path, model: &Vqrae, views: &[View], if_exists: IfExists) -> Result<Self> {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-        let origin = Origin::new(model, preprocessor);
+        let origin = Origin::new(model, views);
         let output = Self { folder: folder.to_path_buf(), origin, if_exists, _lock: lock(folder)? };
         output.check_manifest()?;
         output.remove_partial_files();
-        output.write_manifest(model, preprocessor)?;
+        output.write_manifest(model, views)?;
         Ok(output)
     }
 
-    pub(crate) fn origin(&self) -> &Origin {
-        &self.origin
+    /// What the files of one view are made by.
+    pub(crate) fn origin(&self, view: &View) -> Origin {
+        Origin { preprocessing: preprocessing(&view.preprocessor), ..self.origin.clone() }
     }
 
     /// Where the output for `input` goes: its extension is added to the whole name, so that a.jpg and a.png differ.
-    pub(crate) fn path(&self, kind: &str, relative: &Path, extension: &str) -> PathBuf {
-        let mut path = self.folder.join(kind).join(relative).into_os_string();
+    pub(crate) fn path(&self, kind: &str, input: &Input, view: &View, extension: &str) -> PathBuf {
+        let mut path = self.folder.join(kind).join(view.name(&input.relative)).into_os_string();
         path.push(".");
         path.push(extension);
         path.into()
     }
 
-    /// Whether an earlier run has made the file at `path`; `read` opens it and tells its origin.
-    pub(crate) fn has(&self, path: &Path, read: impl Fn(&Path) -> vqrae::Result<Origin>) -> Result<bool> {
-        let shown = path.display();
+    /// Whether an earlier run has made the file of a view at `path`; `read` opens it and tells its origin.
+    pub(crate) fn has(&self, path: &Path, view: &View, read: impl Fn(&Path) -> vqrae::Result<Origin>) -> Result<bool> {
+        let (shown, wanted) = (path.display(), self.origin(view));
         match self.if_exists {
             IfExists::Overwrite => return Ok(false),
             _ if !path.exists() => return Ok(false),
@@ -124,12 +134,11 @@ impl Output {
             IfExists::Skip => {}
         }
         match read(path) {
-            Ok(origin) if origin == self.origin => Ok(true),
+            Ok(origin) if origin == wanted => Ok(true),
             Ok(origin) => bail!(
-                "{shown} was made by {origin}, but this run is {}; pass --if-exists overwrite to do it again, {}choose \
-                 another --output",
-                self.origin,
-                self.as_before(&origin)
+                "{shown} was made by {origin}, but this run is {wanted}; pass --if-exists overwrite to do it again, \
+                 {}choose another --output",
+                as_before(&origin, &wanted)
             ),
             // Damaged: made again.
             Err(_) => Ok(false),
@@ -150,34 +159,29 @@ impl Output {
                 "{}: this folder holds the work of {origin}, but this run is {}; {}{next_step}",
                 path.display(),
                 self.origin,
-                self.as_before(&origin)
+                as_before(&origin, &self.origin)
             ),
             Err(error) => bail!("{}: not a manifest of this program ({error}); {next_step}", path.display()),
         }
     }
 
-    /// How to go on in the number format of before, where that is all that differs.
-    fn as_before(&self, origin: &Origin) -> String {
-        let format = |dtype: &str| dtype.split('/').next().unwrap_or_default().to_string();
-        let (before, now) = (format(&origin.dtype), format(&self.origin.dtype));
-        if (Origin { dtype: self.origin.dtype.clone(), ..origin.clone() }) == self.origin && before != now {
-            format!("pass --dtype {before} to go on as before, ")
-        } else {
-            String::new()
-        }
-    }
-
-    fn write_manifest(&self, model: &Vqrae, preprocessor: &Preprocessor) -> Result<()> {
-        let (h, w) = preprocessor.size;
-        let (rows, columns) = model.grid_of(h, w)?;
+    fn write_manifest(&self, model: &Vqrae, views: &[View]) -> Result<()> {
+        let fixed = views.iter().filter(|view| view.preprocessor.resize_mode != ResizeMode::Naflex);
+        let sizes: Vec<_> = fixed.map(|view| view.preprocessor.size).collect();
+        let grids = sizes.iter().map(|&(h, w)| model.grid_of(h, w)).collect::<Result<Vec<_>, _>>()?;
+        let listed = |sizes: Vec<(usize, usize)>| match sizes.as_slice() {
+            [] => None,
+            [one] => Some(json!(one)),
+            several => Some(json!(several)),
+        };
         let manifest = Manifest {
             tool: env!("CARGO_PKG_NAME"),
             version: env!("CARGO_PKG_VERSION"),
             origin: &self.origin,
-            image_size: [h, w],
+            image_size: listed(sizes),
             codebook_size: model.codebook_size(),
             codebooks: Some(model.codes_per_token()).filter(|&codebooks| codebooks > 1),
-            grid: [rows, columns],
+            grid: listed(grids),
             order: "raster",
             index_base: 0,
         };
@@ -195,6 +199,17 @@ impl Output {
                 let _ = std::fs::remove_file(entry.path());
             }
         }
+    }
+}
+
+/// How to go on in the number format of before, where that is all that differs.
+fn as_before(origin: &Origin, wanted: &Origin) -> String {
+    let format = |dtype: &str| dtype.split('/').next().unwrap_or_default().to_string();
+    let (before, now) = (format(&origin.dtype), format(&wanted.dtype));
+    if (Origin { dtype: wanted.dtype.clone(), ..origin.clone() }) == *wanted && before != now {
+        format!("pass --dtype {before} to go on as before, ")
+    } else {
+        String::new()
     }
 }
 

@@ -7,7 +7,6 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use globset::{GlobBuilder, GlobMatcher};
-use vqrae::image::{Limits, Preprocessor, Resample, ResizeMode};
 use vqrae::{Device, Vqrae, codes};
 use walkdir::{DirEntry, WalkDir};
 
@@ -122,15 +121,34 @@ impl Precision {
     }
 }
 
-/// Which files, and how they are read.
+/// Which files, how they are read, and where results go.
 #[derive(Args, Debug)]
 pub(crate) struct InputArgs {
-    /// Folders (searched recursively), files, or quoted globs such as 'photos/**/*.jpg'
-    #[arg(required = true, value_name = "INPUT")]
-    inputs: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) files: FileArgs,
     /// Folder to write to
     #[arg(short, long, alias = "output_folder", alias = "output-folder", value_name = "OUT")]
     pub(crate) output: PathBuf,
+}
+
+impl InputArgs {
+    /// The files to work on, images only or code files too.
+    pub(crate) fn find(&self, kind: Kind) -> Result<Inputs> {
+        self.files.find(kind, &self.output)
+    }
+
+    /// How the files are read.
+    pub(crate) fn pace(&self) -> Pace {
+        self.files.pace()
+    }
+}
+
+/// Which files, and how they are read.
+#[derive(Args, Debug)]
+pub(crate) struct FileArgs {
+    /// Folders (searched recursively), files, or quoted globs such as 'photos/**/*.jpg'
+    #[arg(required = true, value_name = "INPUT")]
+    inputs: Vec<PathBuf>,
     /// Images that go through the model at once; on the CPU it changes the speed, never the result
     #[arg(long, alias = "batch_size", default_value = "16", value_name = "N")]
     batch_size: NonZeroUsize,
@@ -145,10 +163,10 @@ pub(crate) struct InputArgs {
     strict: bool,
 }
 
-impl InputArgs {
-    /// The files to work on, images only or code files too.
-    pub(crate) fn find(&self, kind: Kind) -> Result<Inputs> {
-        find(&self.inputs, kind, &self.output)
+impl FileArgs {
+    /// The files to work on, images only or code files too; the folder of `output` is not searched.
+    pub(crate) fn find(&self, kind: Kind, output: &Path) -> Result<Inputs> {
+        find(&self.inputs, kind, output)
     }
 
     /// How the files are read.
@@ -160,65 +178,6 @@ impl InputArgs {
     /// How many unreadable files a run survives.
     pub(crate) fn max_errors(&self) -> usize {
         if self.strict { 0 } else { self.max_errors.unwrap_or(usize::MAX) }
-    }
-}
-
-/// How an image is prepared for the model; what is not given stays as the model's folder says.
-#[derive(Args, Debug)]
-pub(crate) struct ImageArgs {
-    /// Size that images are brought to: one number for a square, or HxW
-    #[arg(long, alias = "image_size", value_name = "N|HxW", value_parser = parse_size)]
-    image_size: Option<(usize, usize)>,
-    /// How another shape is brought to that size: squash, center-crop, adm-crop or pad
-    #[arg(long, alias = "resize_mode", value_name = "MODE")]
-    resize_mode: Option<ResizeMode>,
-    /// Resampling filter
-    #[arg(long, value_enum)]
-    resample: Option<Filter>,
-    /// Refuse images of more pixels than this before decoding them
-    #[arg(long, alias = "max_pixels", value_name = "N")]
-    max_pixels: Option<u64>,
-}
-
-impl ImageArgs {
-    /// The model's own preparation with what the command line changes.
-    pub(crate) fn preprocessor(&self, model: &Vqrae) -> Result<Preprocessor> {
-        let mut preprocessor = model.preprocessor().clone();
-        preprocessor.size = self.image_size.unwrap_or(preprocessor.size);
-        preprocessor.resize_mode = self.resize_mode.unwrap_or(preprocessor.resize_mode);
-        preprocessor.resample = self.resample.map_or(preprocessor.resample, Resample::from);
-        let (h, w) = preprocessor.size;
-        model.grid_of(h, w).with_context(|| format!("images of {h}x{w} do not suit this model"))?;
-        Ok(preprocessor)
-    }
-
-    pub(crate) fn limits(&self) -> Limits {
-        let mut limits = Limits::default();
-        limits.max_pixels = self.max_pixels.unwrap_or(limits.max_pixels);
-        limits
-    }
-}
-
-fn parse_size(text: &str) -> Result<(usize, usize), String> {
-    let (h, w) = text.split_once(['x', 'X']).unwrap_or((text, text));
-    match (h.parse(), w.parse()) {
-        (Ok(h @ 1..=65_536), Ok(w @ 1..=65_536)) => Ok((h, w)),
-        _ => Err("expected: a number of pixels or HxW, each from 1 to 65536".to_string()),
-    }
-}
-
-#[derive(ValueEnum, Debug, Clone, Copy)]
-enum Filter {
-    Bilinear,
-    Bicubic,
-}
-
-impl From<Filter> for Resample {
-    fn from(filter: Filter) -> Self {
-        match filter {
-            Filter::Bilinear => Self::Bilinear,
-            Filter::Bicubic => Self::Bicubic,
-        }
     }
 }
 
@@ -437,14 +396,5 @@ mod tests {
         let error = find(&[a.clone(), b], Kind::Images, Path::new("out")).expect_err("a collision").to_string();
         assert!(error.contains("would both be written as x.jpg"), "{error}");
         assert_eq!(find(&[a.clone(), a], Kind::Images, Path::new("out")).expect("inputs").files.len(), 1);
-    }
-
-    #[test]
-    fn sizes_are_one_number_or_two() {
-        assert_eq!(parse_size("224"), Ok((224, 224)));
-        assert_eq!(parse_size("32x48"), Ok((32, 48)));
-        for wrong in ["0", "x", "-1", "99999999", "1x2x3", "ten"] {
-            assert!(parse_size(wrong).is_err(), "{wrong}");
-        }
     }
 }

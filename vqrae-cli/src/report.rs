@@ -1,9 +1,10 @@
 //! What a run says: progress and skipped files on stderr, data on stdout, an exit code at the end. All printing is
 //! here.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -115,9 +116,38 @@ pub(crate) struct Summary {
     resumed: usize,
     seconds: f64,
     images_per_second: f64,
-    /// Mean over the images, in dB; absent where there is nothing to compare with.
+    #[serde(flatten)]
+    quality: Quality,
+}
+
+/// How good reconstructions are, where there is something to compare them with.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Quality {
+    /// Mean over the images, in dB.
     #[serde(skip_serializing_if = "Option::is_none")]
     psnr: Option<f64>,
+    /// The same at each of several resolutions.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    psnr_by_resolution: BTreeMap<String, f64>,
+}
+
+impl Quality {
+    /// Of the PSNR of every image and the resolution, if there are several.
+    pub(crate) fn of(images: &[(Option<(usize, usize)>, f64)]) -> Self {
+        let round = |value: f64| (value * 1e3).round() / 1e3;
+        let mean = |psnr: &[f64]| round(psnr.iter().sum::<f64>() / psnr.len() as f64);
+        let all: Vec<f64> = images.iter().map(|(_, psnr)| *psnr).collect();
+        let mut by_resolution: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        for (mark, psnr) in images {
+            if let Some((h, w)) = mark {
+                by_resolution.entry(format!("{h}x{w}")).or_default().push(*psnr);
+            }
+        }
+        Self {
+            psnr: (!all.is_empty()).then(|| mean(&all)),
+            psnr_by_resolution: by_resolution.into_iter().map(|(name, psnr)| (name, mean(&psnr))).collect(),
+        }
+    }
 }
 
 /// Counts what is done and tells about it.
@@ -137,15 +167,15 @@ pub(crate) struct Progress {
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
 impl Progress {
-    /// For `total` files, of which an earlier run did `resumed`; unreadable files go to `OUT/errors.jsonl`.
-    pub(crate) fn new(total: usize, resumed: usize, max_errors: usize, output: &Path) -> Result<Self> {
+    /// For `total` files, of which an earlier run did `resumed`; unreadable files go to the file `errors`.
+    pub(crate) fn new(total: usize, resumed: usize, max_errors: usize, errors: PathBuf) -> Result<Self> {
         let bar = if std::io::stderr().is_terminal() { ProgressBar::new(total as u64) } else { ProgressBar::hidden() };
         if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} images, {per_sec}, {eta} left") {
             bar.set_style(style);
         }
         bar.set_position(resumed as u64);
         bar.reset_eta();
-        let (errors, now) = (ErrorLog::start(output.join("errors.jsonl"))?, Instant::now());
+        let (errors, now) = (ErrorLog::start(errors)?, Instant::now());
         let progress =
             Self { bar, total, done: 0, skipped: 0, resumed, max_errors, errors, started: now, last_line: now };
         if resumed > 0 {
@@ -198,7 +228,7 @@ impl Progress {
     }
 
     /// The summary, and how the run ended as far as skipped files go.
-    pub(crate) fn finish(self, psnr: Option<f64>) -> (Summary, Exit) {
+    pub(crate) fn finish(self, quality: Quality) -> (Summary, Exit) {
         self.bar.finish_and_clear();
         if self.skipped > 0 {
             say(&format!("{} could not be read; see {}", files(self.skipped), self.errors.path.display()));
@@ -210,7 +240,7 @@ impl Progress {
             resumed: self.resumed,
             seconds: round(self.started.elapsed().as_secs_f64()),
             images_per_second: round(self.rate()),
-            psnr: psnr.map(round),
+            quality,
         };
         (summary, if self.skipped > 0 { Exit::Skipped } else { Exit::Success })
     }
@@ -271,7 +301,7 @@ impl Summary {
     }
 }
 
-/// `errors.jsonl`: one line for each file that this run could not read, written as it happens.
+/// `OUT/errors.jsonl`, beside statistics `FILE.errors.jsonl`: one line for each file that this run could not read, written as it happens.
 struct ErrorLog {
     path: PathBuf,
     file: Option<File>,

@@ -11,9 +11,11 @@ const GAP: usize = 4;
 /// Differences are shown this many times as large.
 const GAIN: u32 = 4;
 
-/// Lays out triplets of original, reconstruction and error, several across; `None` for no images.
+/// Lays out triplets of original, reconstruction and error, several across, in cells of the largest image; `None` for no
+/// images.
 pub(crate) fn compose(pairs: &[(Rgb, Rgb)]) -> Option<Rgb> {
-    let (h, w) = pairs.first().map(|(_, reconstruction)| (reconstruction.height, reconstruction.width))?;
+    let h = pairs.iter().map(|(_, reconstruction)| reconstruction.height).max()?;
+    let w = pairs.iter().map(|(_, reconstruction)| reconstruction.width).max()?;
     // Half as many across as down, square, makes about a landscape page of triplets.
     let across = ((pairs.len() as f64 / 2.0).sqrt().round() as usize).max(1);
     let (triplet, row) = (3 * (w + GAP) + GAP, h + 2 * GAP);
@@ -54,6 +56,16 @@ mod tests {
 
     fn plain(width: usize, height: usize, value: u8) -> Rgb {
         Rgb { width, height, data: vec![value; 3 * width * height] }
+    }
+
+    #[test]
+    fn a_sheet_holds_images_of_several_sizes() {
+        let pairs = [(plain(5, 3, 10), plain(5, 3, 20)), (plain(2, 7, 10), plain(2, 7, 20))];
+        let sheet = compose(&pairs).expect("a sheet");
+        let pixels = sheet.data.as_chunks::<3>().0;
+        for value in [[10; 3], [20; 3], [120, 0, 0]] {
+            assert_eq!(pixels.iter().filter(|&&pixel| pixel == value).count(), 15 + 14, "{value:?}");
+        }
     }
 
     #[test]

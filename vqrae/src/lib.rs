@@ -1,7 +1,8 @@
 //! VQRAE (arXiv 2511.23386): a pretrained vision encoder as an image tokenizer.
 //!
 //! 1. [`image`]: an image file becomes pixels `[3, H, W]`, bit for bit as Pillow and transformers have them
-//! 2. [`encoder`]: pixels `[B, 3, H, W]` become continuous features `[B, N, D]`
+//! 2. [`encoder`]: pixels `[B, 3, H, W]` become continuous features `[B, N, D]`, of one state or, by [`fusion`], of two;
+//!    [`latent`] can bring them to mean zero and variance one
 //! 3. [`quantizer`]: every feature becomes the index of its nearest code, `[B, h, w]`, or several, `[B, h, w, C]`
 //! 4. [`decoder`]: codes become pixels again
 //! 5. [`codes`]: codes ⇄ disk
@@ -41,16 +42,21 @@ pub mod decoder;
 pub mod encoder;
 pub mod error;
 mod files;
+pub mod fusion;
 pub mod image;
 mod inference;
+mod init;
+pub mod latent;
 pub mod metrics;
 pub mod model;
 pub mod ops;
 pub mod quantizer;
+mod recipe;
 pub mod train;
 pub mod vit;
 pub mod weights;
 
 pub use candle_core::{DType, Device, Tensor};
 pub use error::{Error, Result};
-pub use model::{Config, InitReport, Network, Vqrae, auto_dtype, init};
+pub use init::{EncoderWishes, InitReport, Wishes, init};
+pub use model::{Config, Network, Vqrae, auto_dtype};

@@ -1,7 +1,7 @@
 //! Encoder, quantizer and decoder together: the only place where the stages meet.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -12,8 +12,10 @@ use crate::decoder::{self, Decoder};
 use crate::encoder::{self, Encoder};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::fusion::Fusion;
 use crate::image::Preprocessor;
 use crate::inference::{self, Inference};
+use crate::latent::{self, Latent};
 use crate::quantizer::{self, Quantized, Quantizer};
 use crate::weights::{self, Fresh, Loader, Store, Tensors};
 use vqrae_kernels::cpu::{Bf16, Isa};
@@ -40,12 +42,15 @@ pub struct Config {
     /// The decoder; what is not said mirrors the encoder.
     #[serde(default)]
     pub decoder: decoder::Config,
+    /// The normalisation of features before the quantizer, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latent: Option<latent::Config>,
 }
 
 impl Config {
-    /// A config of the three parts.
+    /// A config of the three parts, without a normalisation of latents.
     pub fn new(encoder: encoder::Config, quantizer: quantizer::Config, decoder: decoder::Config) -> Self {
-        Self { model_type: "vqrae".to_string(), format: FORMAT, encoder, quantizer, decoder }
+        Self { model_type: "vqrae".to_string(), format: FORMAT, encoder, quantizer, decoder, latent: None }
     }
 
     /// Parses `config.json`; `path` is for messages.
@@ -70,7 +75,13 @@ impl Config {
         }
         self.encoder.check()?;
         self.quantizer.check()?;
-        self.decoder.sizes(&self.encoder).check()
+        self.decoder.sizes(&self.encoder).check()?;
+        self.latent.map_or(Ok(()), |latent| latent.check(self.encoder.width(), self.width_out()))
+    }
+
+    /// Width D' of the quantizer's output, the decoder's input.
+    pub(crate) fn width_out(&self) -> usize {
+        self.decoder.sizes(&self.encoder).width_in()
     }
 }
 
@@ -79,6 +90,10 @@ impl Config {
 pub struct Network {
     /// Pixels to features.
     pub encoder: Encoder,
+    /// Two states of the encoder to one, where its features are such.
+    pub fusion: Option<Fusion>,
+    /// The normalisation of features before the quantizer, if there is one.
+    pub latent: Option<Latent>,
     /// Features to codes and back.
     pub quantizer: Quantizer,
     /// Codes to pixels.
@@ -87,31 +102,67 @@ pub struct Network {
 }
 
 impl Network {
-    /// Loads `encoder.…`, `quantizer.…`, `decoder.…`.
+    /// Loads `encoder.…`, `quantizer.…`, `decoder.…` and, where the config has them, `fusion.…` and `latent.…`.
     pub fn load(vb: VarBuilder, config: &Config) -> candle_core::Result<Self> {
         let sizes = config.decoder.sizes(&config.encoder);
-        let (width_in, width_out) = (config.encoder.width(), sizes.width_in());
+        let (width_in, width_out) = (config.encoder.width(), config.width_out());
+        let fusion = |fuse| Fusion::load(vb.pp("fusion"), fuse, width_in);
+        let latent = |latent| Latent::load(vb.pp("latent"), latent, config.encoder.grid(), width_in);
         Ok(Self {
             encoder: Encoder::load(vb.pp("encoder"), &config.encoder)?,
+            fusion: config.encoder.features().fuse().map(fusion).transpose()?,
+            latent: config.latent.map(latent).transpose()?,
             quantizer: Quantizer::load(vb.pp("quantizer"), &config.quantizer, width_in, width_out)?,
             decoder: Decoder::load(vb.pp("decoder"), &sizes)?,
             patch: config.encoder.patch(),
         })
     }
 
+    /// Normalised pixels `[B, 3, H, W]` to features `[B, N, D]`, of one state of the encoder or of two that became one.
+    pub fn features(&self, pixels: &Tensor) -> candle_core::Result<Tensor> {
+        let states = self.encoder.forward(pixels)?;
+        self.fusion.as_ref().map_or_else(|| Ok(states.clone()), |fusion| fusion.forward(&states))
+    }
+
+    /// Normalised pixels `[B, 3, H, W]` to what the quantizer sees, `[B, N, D]`: the features, normalised if the config
+    /// says so.
+    pub fn latents(&self, pixels: &Tensor) -> candle_core::Result<Tensor> {
+        if let Some(latent) = &self.latent {
+            let (_, _, height, width) = pixels.dims4()?;
+            latent.check_grid(self.grid(height, width)?)?;
+        }
+        self.normalize(&self.features(pixels)?)
+    }
+
+    fn normalize(&self, features: &Tensor) -> candle_core::Result<Tensor> {
+        self.latent.as_ref().map_or_else(|| Ok(features.clone()), |latent| latent.normalize(features))
+    }
+
+    /// Features `[B, N, D]` to codes and the quantizer's output; normalising them, if the config says so, is part of it.
+    pub fn quantize_features(&self, features: &Tensor) -> candle_core::Result<Quantized> {
+        self.quantizer.quantize(&self.normalize(features)?)
+    }
+
     /// Normalised pixels `[B, 3, H, W]` to their codes, with all that training needs of them.
     pub fn quantize(&self, pixels: &Tensor) -> candle_core::Result<Quantized> {
-        self.quantizer.quantize(&self.encoder.forward(pixels)?)
+        self.quantizer.quantize(&self.latents(pixels)?)
     }
 
     /// [`Network::quantize`] as a training step does it, with what is random in it drawn from `seed`.
     pub fn quantize_in_training(&self, pixels: &Tensor, seed: u64) -> candle_core::Result<Quantized> {
-        self.quantizer.quantize_in_training(&self.encoder.forward(pixels)?, seed)
+        self.quantizer.quantize_in_training(&self.latents(pixels)?, seed)
     }
 
-    /// Tokens `[B, h·w, D']` to normalised pixels `[B, 3, h·P', w·P']`.
+    /// The quantizer's output `[B, h·w, D']` to normalised pixels `[B, 3, h·P', w·P']`; undoing the normalisation of
+    /// latents, if the config says so, is part of it.
     pub fn paint(&self, tokens: &Tensor, grid: (usize, usize), dtype: DType) -> candle_core::Result<Tensor> {
-        self.decoder.forward(&tokens.to_dtype(dtype)?, grid)
+        match self.latent.as_ref().filter(|latent| latent.denormalizes()) {
+            Some(latent) => {
+                latent.check_grid(grid)?;
+                self.decoder.forward(&latent.denormalize(tokens)?.to_dtype(dtype)?, grid)
+            }
+            None => self.decoder.forward(&tokens.to_dtype(dtype)?, grid),
+        }
     }
 
     /// The grid (h, w) of an image of `height` × `width` pixels.
@@ -223,7 +274,8 @@ impl Vqrae {
         Ok(Self { stages, config, preprocessor, id, parameters, device: device.clone(), dtype, precision })
     }
 
-    /// Normalised pixels to continuous features.
+    /// Normalised pixels to continuous features: the encoder's own, for understanding as for quantising. Two states that
+    /// become one do so here; a normalisation of latents is [`Vqrae::quantize`]'s.
     ///
     /// # Shapes
     /// - pixels: `[B, 3, H, W]`, H and W multiples of the patch
@@ -231,15 +283,16 @@ impl Vqrae {
     pub fn encode(&self, pixels: &Tensor) -> candle_core::Result<Tensor> {
         match &self.stages {
             Stages::Packed(stages) => stages.encode(pixels),
-            Stages::Tensors(network) => network.encoder.forward(&pixels.to_device(&self.device)?),
+            Stages::Tensors(network) => network.features(&pixels.to_device(&self.device)?),
         }
     }
 
-    /// The patch embeddings, positions added, and the output of every block, as transformers' `hidden_states`.
+    /// The patch embeddings, positions added, and the output of every block of the model, as transformers'
+    /// `hidden_states`. Blocks that the features do not need are no part of the model.
     ///
     /// # Shapes
     /// - pixels: `[B, 3, H, W]`, H and W multiples of the patch
-    /// - output: depth + 1 tensors `[B, P + N, D]`, P tokens of the encoder's own (class token, registers) in front
+    /// - output: one tensor `[B, P + N, D]` more than blocks, P tokens of the encoder's own (class token, registers) in front
     ///
     /// # Errors
     /// Also where the encoder is candle-transformers', which does not show them.
@@ -250,11 +303,12 @@ impl Vqrae {
         }
     }
 
-    /// Features `[B, N, D]` to codes and the decoder's tokens.
+    /// Features `[B, N, D]`, as [`Vqrae::encode`] gives them, to codes and the decoder's tokens. Where the config has a
+    /// `latent` section, they are normalised first.
     pub fn quantize(&self, features: &Tensor) -> candle_core::Result<Quantized> {
         match &self.stages {
             Stages::Packed(stages) => stages.quantize(features),
-            Stages::Tensors(network) => network.quantizer.quantize(features),
+            Stages::Tensors(network) => network.quantize_features(features),
         }
     }
 
@@ -301,7 +355,8 @@ impl Vqrae {
         }
     }
 
-    /// The decoder's tokens `[B, h·w, D']` to pixels, f32 `[B, 3, h·P', w·P']`.
+    /// The decoder's tokens `[B, h·w, D']`, as [`Vqrae::quantize`] gives them, to pixels, f32 `[B, 3, h·P', w·P']`. Where
+    /// `latent.denormalize` is set, the normalisation is undone first.
     pub fn decode(&self, tokens: &Tensor, grid: (usize, usize)) -> candle_core::Result<Tensor> {
         match &self.stages {
             Stages::Packed(stages) => stages.decode(tokens, grid),
@@ -419,73 +474,4 @@ pub fn save(folder: &Path, config: &Config, preprocessor: &Preprocessor, tensors
     }
     let metadata = HashMap::from([("format".to_string(), "vqrae".to_string())]);
     weights::write(&folder.join(weights::FILE), tensors, metadata)
-}
-
-/// What [`init`] made.
-#[derive(Debug, Clone, Serialize)]
-pub struct InitReport {
-    /// The new model's folder.
-    pub folder: PathBuf,
-    /// Its id.
-    pub id: String,
-    /// Weights that came from the encoder's folder.
-    pub pretrained: usize,
-    /// Weights that are fresh: quantizer and decoder.
-    pub fresh: usize,
-}
-
-/// Makes a new VQRAE of a pretrained encoder: a folder of SigLIP, fixed-size SigLIP2, DINOv2, InternViT or MAE.
-///
-/// `config_file` is JSON with the sections `quantizer` and `decoder` of [`Config`] and, if wished, an `encoder` section
-/// with `features` and `backend`; the encoder's sizes come from its own folder. The preprocessor is the encoder's.
-pub fn init(encoder_folder: &Path, config_file: &Path, output: &Path, seed: u64) -> Result<InitReport> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Wishes {
-        quantizer: quantizer::Config,
-        #[serde(default)]
-        decoder: decoder::Config,
-        #[serde(default)]
-        encoder: EncoderWishes,
-    }
-    #[derive(Default, Deserialize)]
-    #[serde(default, deny_unknown_fields)]
-    struct EncoderWishes {
-        features: Option<encoder::Features>,
-        backend: encoder::Backend,
-    }
-    let text = std::fs::read_to_string(config_file).map_err(Error::io(config_file))?;
-    let wishes: Wishes = serde_json::from_str(&text).map_err(|e| Error::config(config_file, e))?;
-    let (mut encoder, mut given) = weights::encoder(encoder_folder)?;
-    if let Some(features) = wishes.encoder.features {
-        *encoder.features_mut() = features;
-    }
-    match &mut encoder {
-        encoder::Config::Siglip(siglip) => siglip.backend = wishes.encoder.backend,
-        _ if wishes.encoder.backend == encoder::Backend::Vit => {}
-        _ => {
-            let reason = "encoder.backend is candle_transformers, which has SigLIP alone; leave it out";
-            return Err(Error::config(config_file, reason));
-        }
-    }
-    if !encoder.layout().features.has_norm() {
-        given.retain(|name, _| !name.contains(".post_layernorm."));
-    }
-    let pretrained = given.values().map(Tensor::elem_count).sum::<usize>();
-    let config = Config::new(encoder, wishes.quantizer, wishes.decoder);
-    config.check().map_err(|reason| Error::config(config_file, reason))?;
-    let preprocessor = Preprocessor::from_file(&encoder_folder.join(PREPROCESSOR))?;
-
-    let names: Vec<String> = given.keys().cloned().collect();
-    let tensors = fresh_tensors(&config, given, seed).map_err(|e| Error::weights(encoder_folder, e))?;
-    if let Some(left) = names.iter().find(|name| !tensors.contains_key(*name)) {
-        return Err(Error::weights(
-            encoder_folder,
-            format!("tensor `{left}` is not one that config.json has a use for"),
-        ));
-    }
-    save(output, &config, &preprocessor, &tensors)?;
-    let total = tensors.values().map(Tensor::elem_count).sum::<usize>();
-    let id = id(&config, &preprocessor, &Store::of_tensors(tensors.clone(), output))?;
-    Ok(InitReport { folder: output.to_path_buf(), id, pretrained, fresh: total - pretrained })
 }

@@ -3,7 +3,7 @@
 //! Tensor names are those of Hugging Face's SigLIP (`layers.N.{layer_norm1,self_attn,layer_norm2,mlp}`), so a checkpoint
 //! of the hub loads as it is. Whether a parameter is trained is the [`VarBuilder`]'s matter, not this file's.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
@@ -67,7 +67,7 @@ pub(crate) struct Attention {
 }
 
 impl Attention {
-    fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
+    pub(crate) fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
         let (d, style) = (config.width, config.style);
         let input = |name: &str| match style.no_qkv_bias {
             true => Linear::load_without_bias(vb.pp(name), d, d),
@@ -87,8 +87,10 @@ impl Attention {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (mut q, mut k, v) = (self.q_proj.forward(x)?, self.k_proj.forward(x)?, self.v_proj.forward(x)?);
+    /// What every token of `x` finds in those of `context`, as many; in self-attention they are the same.
+    pub(crate) fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let (mut q, mut k) = (self.q_proj.forward(x)?, self.k_proj.forward(context)?);
+        let v = self.v_proj.forward(context)?;
         if let Some((q_norm, k_norm)) = &self.qk_norms {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
@@ -104,7 +106,7 @@ pub(crate) struct Mlp {
 }
 
 impl Mlp {
-    fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
+    pub(crate) fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
         let activation = config.style.activation;
         Ok(Self {
             fc1: Linear::load(vb.pp("fc1"), config.width, activation.width_before(config.mlp_width))?,
@@ -113,7 +115,7 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let hidden = self.fc1.forward(x)?;
         self.fc2.forward(&match self.activation {
             Activation::GeluTanh => ops::gelu(&hidden)?,
@@ -160,7 +162,8 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let attended = self.self_attn.forward(&self.layer_norm1.forward(x)?)?;
+        let normed = self.layer_norm1.forward(x)?;
+        let attended = self.self_attn.forward(&normed, &normed)?;
         let Some((scale1, scale2)) = &self.layer_scales else {
             let x = (x + attended)?;
             return &x + self.mlp.forward(&self.layer_norm2.forward(&x)?)?;
@@ -215,6 +218,8 @@ pub enum Interpolation {
     Bicubic,
     /// Bicubic, a = −0.5, the filter widened where the grid shrinks: DINOv2 with registers.
     Antialiased,
+    /// Bilinear, the filter widened where the grid shrinks: SigLIP2 NaFlex.
+    AntialiasedBilinear,
 }
 
 /// Learned positions of a grid, interpolated for any other grid.
@@ -251,14 +256,19 @@ impl Positions {
         }
         let (h0, w0) = self.grid;
         let width = self.table.dim(1)?;
-        let weights = |output: usize, input: usize| {
-            Tensor::from_vec(self.interpolation.weights(output, input), (output, input), self.table.device())?
-                .to_dtype(self.table.dtype())
+        // As transformers does: half precision would round the weights.
+        let table = match self.table.dtype() {
+            DType::BF16 | DType::F16 => self.table.to_dtype(DType::F32)?,
+            _ => self.table.clone(),
         };
-        let x = weights(h, h0)?.matmul(&self.table.reshape((h0, w0 * width))?)?; // [h,w0·D]
+        let weights = |output: usize, input: usize| {
+            Tensor::from_vec(self.interpolation.weights(output, input), (output, input), table.device())?
+                .to_dtype(table.dtype())
+        };
+        let x = weights(h, h0)?.matmul(&table.reshape((h0, w0 * width))?)?; // [h,w0·D]
         let x = x.reshape((h, w0, width))?.transpose(0, 1)?.reshape((w0, h * width))?;
         let x = weights(w, w0)?.matmul(&x)?.reshape((w, h, width))?; // [w,h,D]
-        x.transpose(0, 1)?.reshape((h * w, width))
+        x.transpose(0, 1)?.reshape((h * w, width))?.to_dtype(self.table.dtype())
     }
 }
 
@@ -277,11 +287,16 @@ impl Interpolation {
                         row[source.clamp(0, last) as usize] += cubic(centre - source as f32, -0.75);
                     }
                 }
-                Self::Antialiased => {
+                Self::Antialiased | Self::AntialiasedBilinear => {
+                    let bilinear = self == Self::AntialiasedBilinear;
                     let stretch = scale.max(1.0);
-                    let first = ((centre - 2.0 * stretch + 0.5) as isize).max(0) as usize;
-                    let end = ((centre + 2.0 * stretch + 0.5) as usize).min(input);
-                    let tap = |i: usize| cubic((i as f32 + 0.5 - centre) / stretch, -0.5);
+                    let reach = if bilinear { stretch } else { 2.0 * stretch };
+                    let first = ((centre - reach + 0.5) as isize).max(0) as usize;
+                    let end = ((centre + reach + 0.5) as usize).min(input);
+                    let tap = |i: usize| {
+                        let x = (i as f32 + 0.5 - centre) / stretch;
+                        if bilinear { (1.0 - x.abs()).max(0.0) } else { cubic(x, -0.5) }
+                    };
                     let sum: f32 = (first..end).map(tap).sum();
                     (first..end).for_each(|i| row[i] = tap(i) / sum);
                 }
@@ -325,7 +340,16 @@ pub fn unpatchify(patches: &Tensor, (h, w): (usize, usize), p: usize) -> Result<
 /// The grid (h, w) that patches of side `p` make of `height` × `width` pixels.
 pub fn grid(height: usize, width: usize, p: usize) -> Result<(usize, usize)> {
     if p == 0 || height == 0 || width == 0 || !height.is_multiple_of(p) || !width.is_multiple_of(p) {
-        candle_core::bail!("an image of {height}×{width} pixels does not divide into patches of {p}×{p}");
+        let near = |side: usize| match side / p.max(1) * p {
+            below if below == side || below == 0 => vec![side.max(1).next_multiple_of(p.max(1))],
+            below => vec![below, below + p],
+        };
+        let sizes: Vec<_> =
+            near(height).iter().flat_map(|h| near(width).into_iter().map(move |w| format!("{h}×{w}"))).collect();
+        candle_core::bail!(
+            "an image of {height}×{width} pixels does not divide into patches of {p}×{p}; the nearest sizes that do: {}",
+            sizes.join(", ")
+        );
     }
     Ok((height / p, width / p))
 }
@@ -382,6 +406,9 @@ mod tests {
 
     use super::*;
 
+    const ALL: [Interpolation; 3] =
+        [Interpolation::Bicubic, Interpolation::Antialiased, Interpolation::AntialiasedBilinear];
+
     #[test]
     fn unpatchify_puts_channels_last_within_a_patch() -> Result<()> {
         let patches = Tensor::arange(0f32, 24., &Device::Cpu)?.reshape((1, 2, 12))?;
@@ -400,9 +427,23 @@ mod tests {
         Ok(())
     }
 
+    /// PyTorch 2.15 repeats the first of a column's positions on a CPU, so this one grid is not compared with it.
+    #[test]
+    fn positions_of_a_column_are_those_of_the_transposed_row() -> Result<()> {
+        for interpolation in ALL {
+            let table = Tensor::arange(0f32, 16., &Device::Cpu)?.sqr()?.reshape((4, 4))?;
+            let at = |table: Tensor, grid| Positions { table, grid: (4, 4), interpolation }.at(grid)?.flatten_all();
+            let column = at(table.reshape((16, 1))?, (7, 1))?.to_vec1::<f32>()?;
+            let row = at(table.t()?.reshape((16, 1))?, (1, 7))?.to_vec1::<f32>()?;
+            assert!(column.iter().zip(&row).all(|(a, b)| (a - b).abs() < 1e-4), "{column:?} {row:?}");
+            assert!(column.is_sorted_by(|a, b| a < b), "{column:?}");
+        }
+        Ok(())
+    }
+
     #[test]
     fn weights_of_a_row_sum_to_one() {
-        for interpolation in [Interpolation::Bicubic, Interpolation::Antialiased] {
+        for interpolation in ALL {
             for (output, input) in [(1, 4), (7, 3), (16, 24), (3, 1)] {
                 for row in interpolation.weights(output, input).chunks_exact(input) {
                     assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use vqrae::codebook::{Neighbour, Twins, Usage, neighbours, norms, quantile};
 use vqrae::codes::{Codes, write_whole};
 use vqrae::image::Rgb;
+use vqrae::latent::Normalize;
 use vqrae::metrics::CodeCounts;
 use vqrae::{Error, Tensor, Vqrae};
 
@@ -114,6 +115,13 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
     Ok(exit)
 }
 
+/// The patch in the centre of an image of a grid (h, w) of patches.
+fn centre(image: &Rgb, (h, w): (usize, usize)) -> Rgb {
+    let (height, width) = (image.height / h, image.width / w);
+    let row = |y: usize| &image.data[3 * ((h / 2 * height + y) * image.width + w / 2 * width)..][..3 * width];
+    Rgb { width, height, data: (0..height).flat_map(row).copied().collect() }
+}
+
 fn share(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
@@ -142,7 +150,7 @@ impl Book {
     /// Counts the codes of all files that can be read.
     fn count(&self, inputs: &Inputs, output: &Path) -> Result<(Tally, Exit)> {
         let total = inputs.files.len() + inputs.unreadable.len();
-        let mut progress = Progress::new(total, 0, usize::MAX, output)?;
+        let mut progress = Progress::new(total, 0, usize::MAX, output.join("errors.jsonl"))?;
         for (input, reason) in &inputs.unreadable {
             progress.skip(input, reason)?;
         }
@@ -158,7 +166,7 @@ impl Book {
         };
         let read = |input: &Input| self.read(input);
         let exit = each_batch(&inputs.files, Pace { workers, batch_size: 64 }, &mut progress, read, compute, write)?;
-        let (_, skipped) = progress.finish(None);
+        let (_, skipped) = progress.finish(report::Quality::default());
         if files == 0 && exit == Exit::Success {
             bail!("none of {total} code file(s) could be read; see {}", output.join("errors.jsonl").display());
         }
@@ -209,14 +217,20 @@ impl Book {
     }
 
     /// What each code paints as an image of its own, a 1×1 grid: a grid full of it has the same patch in its centre, to
-    /// the eye, and takes the time of all its patches. `None` after Ctrl-C.
+    /// the eye, and takes the time of all its patches. A decoder that has statistics for its own grid alone gets that one,
+    /// and the patch in the centre is shown. `None` after Ctrl-C.
     fn alone(&self, codes: &[u32]) -> Result<Option<Vec<Rgb>>> {
+        let config = self.model.config();
+        let by_place = |latent: vqrae::latent::Config| latent.denormalize && latent.normalize == Normalize::Position;
+        let (h, w) = if config.latent.is_some_and(by_place) { config.encoder.grid() } else { (1, 1) };
         let mut patches = Vec::with_capacity(codes.len());
-        for codes in codes.chunks(256) {
+        for codes in codes.chunks(256usize.div_ceil(h * w)) {
             if interrupted() {
                 return Ok(None);
             }
-            patches.extend(self.decode(codes.to_vec(), (codes.len(), 1, 1))?);
+            let indices = codes.iter().flat_map(|&code| std::iter::repeat_n(code, h * w)).collect();
+            let images = self.decode(indices, (codes.len(), h, w))?;
+            patches.extend(images.iter().map(|image| centre(image, (h, w))));
         }
         let size = patches.first().map_or(PATCH, |patch| patch.width.min(PATCH));
         let patches = patches.par_iter().map(|patch| resized(patch, (size, size), self.model.preprocessor()));

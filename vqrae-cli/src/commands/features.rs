@@ -1,27 +1,40 @@
-//! `features`: images → the encoder's features, before quantization.
+//! `features`: images → the encoder's features, before quantization, or their mean and variance.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
-use vqrae::image::Preprocessor;
+use anyhow::{Context, Result};
+use vqrae::latent::Statistics;
 use vqrae::{DType, Error, Tensor, Vqrae, codes};
 
-use super::{RUN_AGAIN, finish, start};
-use crate::load::{Loaded, Pace, each_batch, load, stack};
+use super::{RUN_AGAIN, begin, finish};
+use crate::load::{Loaded, Pace, each_alike, each_batch, load, stack};
 use crate::output::{IfExists, Origin, Output, split_done};
-use crate::plan::{ImageArgs, Input, InputArgs, Kind, ModelArgs};
-use crate::report::Exit;
+use crate::plan::{FileArgs, Input, Kind, ModelArgs};
+use crate::report::{Exit, Progress, Quality};
+use crate::view::{ImageArgs, View};
 
 /// Write the encoder's continuous features of images
 ///
-/// Writes OUT/features/<path>.safetensors with one tensor "features", f32 [N, D], N tokens in raster order; the header
-/// says grid, model, source and preprocessing. Run again, it goes on where it stopped.
+/// Writes OUT/features/<path>.safetensors (at several resolutions <path>@256x256.safetensors and so on) with one tensor
+/// "features", f32 [N, D], N tokens in raster order; the header says grid, model, source and preprocessing. Run again, it
+/// goes on where it stopped.
+///
+/// With --statistics, one file of the features' mean and variance over all images, f32: channel.mean and channel.var [D],
+/// position.mean and position.var [h*w, D] where all images have one grid. They are counted in binary64, an image after the other, so batch and threads
+/// do not change them; init --latent-statistics puts them into a model.
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     #[command(flatten)]
-    inputs: InputArgs,
+    files: FileArgs,
+    /// Folder to write to
+    #[arg(short, long, alias = "output_folder", alias = "output-folder", value_name = "OUT")]
+    #[arg(required_unless_present = "statistics")]
+    output: Option<PathBuf>,
+    /// Write mean and variance to this file, and no features
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "if_exists"])]
+    statistics: Option<PathBuf>,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -34,57 +47,135 @@ pub(crate) struct Args {
 const EXAMPLES: &str = "\
 Examples:
   vqrae-cli features photos -o out
-  vqrae-cli features photos -o out --dtype bf16 --device cuda --batch-size 64";
+  vqrae-cli features photos -o out --resolution 224,448
+  vqrae-cli features photos -o out --dtype bf16 --device cuda --batch-size 64
+  vqrae-cli features photos --statistics stats.safetensors --model my-model";
 
 /// The checked plan, with everything opened.
 struct Job {
     model: Vqrae,
-    preprocessor: Preprocessor,
-    output: Output,
+    views: Vec<View>,
     pace: Pace,
 }
 
 pub(crate) fn execute(args: Args) -> Result<Exit> {
-    let inputs = args.inputs.find(Kind::Images)?;
-    let model = args.model.open()?;
-    let preprocessor = args.images.preprocessor(&model)?;
-    let output = Output::open(&args.inputs.output, &model, &preprocessor, args.if_exists)?;
-    let pace = args.inputs.pace();
-    let job = Job { model, preprocessor, output, pace };
+    match (&args.statistics, &args.output) {
+        (Some(file), _) => count(&args, file),
+        (None, Some(output)) => write(&args, output),
+        (None, None) => anyhow::bail!("name a folder with -o, or a file with --statistics"),
+    }
+}
 
-    let (left, resumed) = split_done(inputs.files, |input| job.output.has(&job.path(input), origin))?;
-    let mut progress = start(&args.inputs, left.len(), resumed, &inputs.unreadable)?;
-    let limits = args.images.limits();
-    let read = |input: &Input| load(input, &job.preprocessor, &limits);
-    let compute = |batch: &[(&Input, Loaded)]| job.compute(batch);
-    let write = |batch: &[(&Input, Loaded)], features: Tensor| job.write(batch, &features);
-    let exit = each_batch(&left, pace, &mut progress, read, compute, write)?;
-    finish(progress, exit, None, RUN_AGAIN)
+/// Writes the features of every image.
+fn write(args: &Args, folder: &Path) -> Result<Exit> {
+    let inputs = args.files.find(Kind::Images, folder)?;
+    let job = Job::open(args)?;
+    let output = Output::open(folder, &job.model, &job.views, args.if_exists)?;
+    let path = |input: &Input, view: &View| output.path("features", input, view, "safetensors");
+    let is_done = |input: &Input| {
+        job.views.iter().try_fold(true, |done, view| Ok(done && output.has(&path(input, view), view, origin)?))
+    };
+
+    let (left, resumed) = split_done(inputs.files, is_done)?;
+    let mut progress = begin(&args.files, folder.join("errors.jsonl"), left.len(), resumed, &inputs.unreadable)?;
+    let write = |batch: &[(&Input, Vec<Loaded>)], features: Vec<Tensor>| {
+        for ((input, view, loaded), features) in job.images(batch).zip(features) {
+            codes::write_whole(path(input, view), &job.file(&features, input, output.origin(view), loaded.size)?)?;
+        }
+        Ok(())
+    };
+    let exit = job.each(args, &left, &mut progress, write)?;
+    finish(progress, exit, Quality::default(), RUN_AGAIN)
+}
+
+/// Writes mean and variance of the features of all images.
+fn count(args: &Args, file: &Path) -> Result<Exit> {
+    let inputs = args.files.find(Kind::Images, file)?;
+    let job = Job::open(args)?;
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let mut errors = file.as_os_str().to_owned();
+    errors.push(".errors.jsonl");
+
+    let mut progress = begin(&args.files, errors.into(), inputs.files.len(), 0, &inputs.unreadable)?;
+    let mut statistics = Statistics::new(job.model.config().encoder.width());
+    let add = |batch: &[(&Input, Vec<Loaded>)], features: Vec<Tensor>| {
+        for ((input, _, loaded), features) in job.images(batch).zip(features) {
+            let grid = job.model.grid_of(loaded.size.0, loaded.size.1)?;
+            let features = features.flatten_all()?.to_vec1::<f32>()?;
+            statistics.add(&features, grid).with_context(|| input.path.display().to_string())?;
+        }
+        Ok(())
+    };
+    let exit = job.each(args, &inputs.files, &mut progress, add)?;
+    if exit != Exit::Interrupted {
+        let Origin { model_id, preprocessing, dtype } = Origin::new(&job.model, &job.views);
+        let mut record = BTreeMap::from([
+            ("model_id", model_id),
+            ("features", job.model.config().encoder.features().to_string()),
+            ("preprocessing", preprocessing),
+            ("dtype", dtype),
+            ("images", statistics.images().to_string()),
+        ]);
+        if let Some((h, w)) = statistics.grid() {
+            record.extend([("h", h.to_string()), ("w", w.to_string())]);
+        }
+        statistics.write(file, &record).with_context(|| file.display().to_string())?;
+    }
+    finish(progress, exit, Quality::default(), "no statistics were written; run the same command again")
 }
 
 impl Job {
-    fn path(&self, input: &Input) -> PathBuf {
-        self.output.path("features", &input.relative, "safetensors")
+    fn open(args: &Args) -> Result<Self> {
+        let model = args.model.open()?;
+        let views = args.images.views(&model)?;
+        Ok(Self { model, views, pace: args.files.pace() })
     }
 
-    /// The features f32 `[B, N, D]` of one batch.
-    fn compute(&self, batch: &[(&Input, Loaded)]) -> Result<Tensor> {
-        let pixels = stack(batch.iter().map(|(_, loaded)| loaded), &self.model, self.pace)?;
-        Ok(self.model.encode(&pixels)?.to_dtype(DType::F32)?)
+    /// Hands the features of all images to `write`, in the order of the files.
+    fn each(
+        &self,
+        args: &Args,
+        inputs: &[Input],
+        progress: &mut Progress,
+        write: impl FnMut(&[(&Input, Vec<Loaded>)], Vec<Tensor>) -> Result<()> + Send,
+    ) -> Result<Exit> {
+        let limits = args.images.limits();
+        let read = |input: &Input| load(input, &self.views, &limits);
+        each_batch(inputs, self.pace, progress, read, |batch| self.compute(batch), write)
     }
 
-    fn write(&self, batch: &[(&Input, Loaded)], features: &Tensor) -> Result<()> {
-        for (i, (input, _)) in batch.iter().enumerate() {
-            codes::write_whole(self.path(input), &self.file(&features.get(i)?, input)?)?;
-        }
-        Ok(())
+    /// The images of a batch, every view of each.
+    fn images<'a>(
+        &'a self,
+        batch: &'a [(&Input, Vec<Loaded>)],
+    ) -> impl Iterator<Item = (&'a Input, &'a View, &'a Loaded)> {
+        let views = |(input, loaded): &'a (&Input, Vec<Loaded>)| {
+            self.views.iter().zip(loaded).map(move |(view, loaded)| (*input, view, loaded))
+        };
+        batch.iter().flat_map(views)
     }
 
-    /// The bytes of one file, from the features `[N, D]` of one image.
-    fn file(&self, features: &Tensor, input: &Input) -> Result<Vec<u8>> {
+    /// The features f32 `[N, D]` of each image and each view of it.
+    fn compute(&self, batch: &[(&Input, Vec<Loaded>)]) -> Result<Vec<Tensor>> {
+        let images: Vec<&Loaded> = batch.iter().flat_map(|(_, views)| views).collect();
+        each_alike(
+            &images,
+            self.pace.batch_size,
+            |image| image.size,
+            |alike| {
+                let pixels = stack(alike.iter().map(|image| **image), &self.model, self.pace)?;
+                let features = self.model.encode(&pixels)?.to_dtype(DType::F32)?;
+                (0..alike.len()).map(|i| Ok(features.get(i)?)).collect()
+            },
+        )
+    }
+
+    /// The bytes of one file, from the features `[N, D]` of an image of a size.
+    fn file(&self, features: &Tensor, input: &Input, origin: Origin, size: (usize, usize)) -> Result<Vec<u8>> {
         let data: Vec<u8> = features.flatten_all()?.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes).collect();
-        let (h, w) = self.model.grid_of(self.preprocessor.size.0, self.preprocessor.size.1)?;
-        let Origin { model_id, preprocessing, dtype } = self.output.origin().clone();
+        let (h, w) = self.model.grid_of(size.0, size.1)?;
+        let Origin { model_id, preprocessing, dtype } = origin;
         let entries = [
             ("model_id", model_id),
             ("preprocessing", preprocessing),

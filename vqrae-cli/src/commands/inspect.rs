@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 use vqrae::codes::{Codes, Format};
+use vqrae::image::ResizeMode;
 use vqrae::metrics::CodeCounts;
 use vqrae::{Device, Vqrae};
 
@@ -50,16 +51,23 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
 fn model(model: &Vqrae) -> Result<Value> {
     let preprocessor = model.preprocessor();
     let (h, w) = model.grid_of(preprocessor.size.0, preprocessor.size.1)?;
-    Ok(json!({
+    let naflex = preprocessor.naflex.filter(|_| preprocessor.resize_mode == ResizeMode::Naflex);
+    let mut facts = json!({
         "id": model.id(),
         "parameters": model.parameters(),
         "codebook_size": model.codebook_size(),
         "codes_per_token": model.codes_per_token(),
         "image_size": [preprocessor.size.0, preprocessor.size.1],
         "grid": [h, w],
+        "features": model.config().encoder.features().to_string(),
         "preprocessing": preprocessing(preprocessor),
         "config": model.config(),
-    }))
+    });
+    // Size and grid are then those of a square image.
+    if let Some(naflex) = naflex {
+        facts["max_num_patches"] = json!(naflex.max_num_patches);
+    }
+    Ok(facts)
 }
 
 fn codes(path: &Path) -> Result<Value> {

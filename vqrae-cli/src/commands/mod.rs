@@ -11,7 +11,7 @@ pub(crate) mod reconstruct;
 pub(crate) mod tokenize;
 pub(crate) mod train;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use vqrae::codes::Codes;
@@ -19,8 +19,8 @@ use vqrae::image::{Preprocessor, ResizeMode, Rgb};
 use vqrae::{DType, Device, Tensor};
 
 use crate::load::catch_interrupts;
-use crate::plan::{Input, InputArgs};
-use crate::report::{Exit, Progress};
+use crate::plan::{FileArgs, Input, InputArgs};
+use crate::report::{Exit, Progress, Quality};
 use crate::{output, report, sheet};
 
 /// What to say after Ctrl-C where finished files are kept.
@@ -28,9 +28,20 @@ const RUN_AGAIN: &str = "run the same command again to go on from here";
 
 /// Starts to count: `left` files to do, `resumed` done before, and those that could not even be listed.
 fn start(args: &InputArgs, left: usize, resumed: usize, unreadable: &[(Input, String)]) -> Result<Progress> {
+    begin(&args.files, args.output.join("errors.jsonl"), left, resumed, unreadable)
+}
+
+/// [`start`] for a command that names its output otherwise; what could not be read is written to the file `errors`.
+fn begin(
+    args: &FileArgs,
+    errors: PathBuf,
+    left: usize,
+    resumed: usize,
+    unreadable: &[(Input, String)],
+) -> Result<Progress> {
     catch_interrupts()?;
     let total = left + resumed + unreadable.len();
-    let mut progress = Progress::new(total, resumed, args.max_errors(), &args.output)?;
+    let mut progress = Progress::new(total, resumed, args.max_errors(), errors)?;
     for (input, reason) in unreadable {
         progress.skip(input, reason)?;
     }
@@ -38,11 +49,11 @@ fn start(args: &InputArgs, left: usize, resumed: usize, unreadable: &[(Input, St
 }
 
 /// Ends a run: the summary goes to stdout, after Ctrl-C with the `next_step` on stderr.
-fn finish(progress: Progress, exit: Exit, psnr: Option<f64>, next_step: &str) -> Result<Exit> {
+fn finish(progress: Progress, exit: Exit, quality: Quality, next_step: &str) -> Result<Exit> {
     if exit == Exit::Interrupted {
         progress.interrupted(next_step);
     }
-    let (summary, skipped) = progress.finish(psnr);
+    let (summary, skipped) = progress.finish(quality);
     report::data(&summary.line()?);
     Ok(exit.merge(skipped))
 }
@@ -64,11 +75,6 @@ fn to_images(decoded: &Tensor, preprocessor: &Preprocessor) -> Result<Vec<Rgb>> 
     let decoded = decoded.to_dtype(DType::F32)?;
     let image = |i: usize| Ok(preprocessor.denormalize_to_rgb(&decoded.get(i)?.flatten_all()?.to_vec1()?, h, w));
     (0..b).map(image).collect()
-}
-
-/// The original, brought to its reconstruction's size where the decoder's differs from the encoder's.
-fn beside(original: &Rgb, reconstruction: &Rgb, preprocessor: &Preprocessor) -> Result<Rgb> {
-    resized(original, (reconstruction.height, reconstruction.width), preprocessor)
 }
 
 /// An image of `size` (rows, columns), with the model's resampling filter.

@@ -4,20 +4,22 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use vqrae::codes::{Codes, Format};
-use vqrae::image::{Preprocessor, Rgb};
-use vqrae::{Error, Tensor, Vqrae, metrics};
+use vqrae::image::Rgb;
+use vqrae::{Error, Vqrae, metrics};
 
-use super::{beside, finish, start, to_images, write_sheet};
-use crate::load::{Loaded, Pace, each_batch, load, stack};
+use super::{finish, start, to_images, write_sheet};
+use crate::load::{Loaded, Pace, each_alike, each_batch, load_beside, stack};
 use crate::output::save_pngs;
-use crate::plan::{ImageArgs, Input, InputArgs, Kind, ModelArgs};
-use crate::report::Exit;
+use crate::plan::{Input, InputArgs, Kind, ModelArgs};
+use crate::report::{Exit, Quality};
 use crate::sheet;
+use crate::view::{ImageArgs, View};
 
 /// Turn images, or the code files that tokenize wrote, into reconstructed images
 ///
 /// Writes OUT/reconstructions/<path>.png. Code files need no image, but the model that made them: codes of another model
-/// are refused. For images the summary on stdout holds the mean PSNR against the prepared originals, in dB over 8 bits.
+/// are refused. For images the summary on stdout holds the mean PSNR in dB over 8 bits, against the originals prepared at
+/// the size of their reconstructions; at several resolutions also that of each.
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -35,12 +37,13 @@ pub(crate) struct Args {
 const EXAMPLES: &str = "\
 Examples:
   vqrae-cli reconstruct photos -o out --sheet out/sheet.png
+  vqrae-cli reconstruct photos -o out --resolution 256,512
   vqrae-cli reconstruct out/codes -o from-codes
   vqrae-cli reconstruct one.jpg.safetensors -o from-codes --model my-model";
 
 struct Job {
     model: Vqrae,
-    preprocessor: Preprocessor,
+    views: Vec<View>,
     output: PathBuf,
     pace: Pace,
 }
@@ -50,9 +53,12 @@ struct Job {
 struct Seen {
     /// Originals and reconstructions for the sheet.
     pairs: Vec<(Rgb, Rgb)>,
-    /// The PSNR of every image.
-    psnr: Vec<f64>,
+    /// The resolution, if it is marked, and the PSNR of every image.
+    psnr: Vec<(Option<(usize, usize)>, f64)>,
 }
+
+/// The views of an image and, for each, the original at the size of its reconstruction.
+type Views = Vec<(Loaded, Rgb)>;
 
 pub(crate) fn execute(args: Args) -> Result<Exit> {
     let inputs = args.inputs.find(Kind::ImagesAndCodes)?;
@@ -61,13 +67,13 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
     if args.sheet.is_some() && images.is_empty() {
         bail!("--sheet compares with originals, but the inputs are code files only; leave it out");
     }
-    refuse_same_pictures(&code_files, &images)?;
     let model = args.model.open()?;
-    let preprocessor = args.images.preprocessor(&model)?;
+    let views = args.images.views(&model)?;
+    refuse_same_pictures(&code_files, &images, &views)?;
     let output = args.inputs.output.clone();
     std::fs::create_dir_all(&output).map_err(Error::io(&output))?;
     let pace = args.inputs.pace();
-    let job = Job { model, preprocessor, output, pace };
+    let job = Job { model, views, output, pace };
     let mut seen = Seen::default();
 
     let mut progress = start(&args.inputs, code_files.len() + images.len(), 0, &inputs.unreadable)?;
@@ -76,35 +82,34 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
     let mut exit = each_batch(&code_files, pace, &mut progress, read_codes, compute, write)?;
     if exit == Exit::Success {
         let limits = args.images.limits();
-        let read = |input: &Input| load(input, &job.preprocessor, &limits);
-        let compute = |batch: &[(&Input, Loaded)]| job.decode_images(batch);
-        let write = |batch: &[(&Input, Loaded)], decoded: Tensor| job.write_images(batch, &decoded, &mut seen);
+        let read = |input: &Input| load_beside(input, &job.views, &limits);
+        let compute = |batch: &[(&Input, Views)]| job.decode_images(batch);
+        let write = |batch: &[(&Input, Views)], decoded: Vec<Rgb>| job.write_images(batch, decoded, &mut seen);
         exit = each_batch(&images, pace, &mut progress, read, compute, write)?;
     }
     if let (Some(path), Exit::Success) = (&args.sheet, exit) {
-        write_sheet(path, &seen.pairs, images.len())?;
+        write_sheet(path, &seen.pairs, images.len() * job.views.len())?;
     }
-    finish(progress, exit, seen.mean_psnr(), "the same command starts from the beginning")
+    finish(progress, exit, Quality::of(&seen.psnr), "the same command starts from the beginning")
 }
 
 fn read_codes(input: &Input) -> Result<Codes, String> {
     Codes::read(&input.path).map_err(|error| error.to_string())
 }
 
-/// What the picture of a file is named after: a code file's own extension is left out.
+/// What the picture of a code file is named after: without the file's own extension.
 fn stem(input: &Input) -> PathBuf {
-    match Format::of(&input.path) {
-        Some(_) => input.relative.with_extension(""),
-        None => input.relative.clone(),
-    }
+    input.relative.with_extension("")
 }
 
-fn refuse_same_pictures(code_files: &[Input], images: &[Input]) -> Result<()> {
+fn refuse_same_pictures(code_files: &[Input], images: &[Input], views: &[View]) -> Result<()> {
     let mut seen = std::collections::HashMap::new();
-    for input in code_files.iter().chain(images) {
-        if let Some(other) = seen.insert(stem(input), &input.path) {
+    let of_images = images.iter().flat_map(|input| views.iter().map(move |view| (input, view.name(&input.relative))));
+    for (input, name) in code_files.iter().map(|input| (input, stem(input))).chain(of_images) {
+        let shown = name.display().to_string();
+        if let Some(other) = seen.insert(name, &input.path) {
             let (a, b) = (other.display(), input.path.display());
-            bail!("{a} and {b} would both be reconstructed as {}.png; run them apart", stem(input).display());
+            bail!("{a} and {b} would both be reconstructed as {shown}.png; run them apart");
         }
     }
     Ok(())
@@ -113,53 +118,57 @@ fn refuse_same_pictures(code_files: &[Input], images: &[Input]) -> Result<()> {
 impl Job {
     /// Decodes codes, those of one grid together: a model may take images of several sizes, so codes of several grids can
     /// meet in one folder.
-    fn decode_codes(&self, batch: &[(&Input, Codes)]) -> Result<Vec<Tensor>> {
+    fn decode_codes(&self, batch: &[(&Input, Codes)]) -> Result<Vec<Rgb>> {
         for (input, codes) in batch {
             codes.check_model(&input.path, self.model.id())?;
             codes.check_shape(&input.path, self.model.codes_per_token(), self.model.codebook_size())?;
         }
-        let decode = |alike: &[(&Input, Codes)]| {
-            let codes: Vec<&Codes> = alike.iter().map(|(_, codes)| codes).collect();
-            let indices = super::stack_codes(&codes, self.model.device())?;
-            Ok(self.model.decode_from_indices(&indices)?)
-        };
-        batch.chunk_by(|(_, a), (_, b)| (a.h, a.w) == (b.h, b.w)).map(decode).collect()
+        each_alike(
+            batch,
+            self.pace.batch_size,
+            |(_, codes)| (codes.h, codes.w),
+            |alike| {
+                let codes: Vec<&Codes> = alike.iter().map(|(_, codes)| codes).collect();
+                let indices = super::stack_codes(&codes, self.model.device())?;
+                to_images(&self.model.decode_from_indices(&indices)?, &self.views[0].preprocessor)
+            },
+        )
     }
 
-    fn write_codes(&self, batch: &[(&Input, Codes)], decoded: Vec<Tensor>) -> Result<()> {
-        let mut images = Vec::new();
-        for decoded in decoded {
-            images.extend(to_images(&decoded, &self.preprocessor)?);
-        }
-        save_pngs(batch.iter().map(|(input, _)| self.picture(input)).zip(&images))
+    fn write_codes(&self, batch: &[(&Input, Codes)], decoded: Vec<Rgb>) -> Result<()> {
+        save_pngs(batch.iter().map(|(input, _)| picture(&self.output, &stem(input))).zip(&decoded))
     }
 
-    fn decode_images(&self, batch: &[(&Input, Loaded)]) -> Result<Tensor> {
-        let pixels = stack(batch.iter().map(|(_, loaded)| loaded), &self.model, self.pace)?;
-        Ok(self.model.decode_from_indices(&self.model.encode_to_indices(&pixels)?)?)
+    /// The reconstruction of every view of every image.
+    fn decode_images(&self, batch: &[(&Input, Views)]) -> Result<Vec<Rgb>> {
+        let images: Vec<&Loaded> = batch.iter().flat_map(|(_, views)| views.iter().map(|(loaded, _)| loaded)).collect();
+        each_alike(
+            &images,
+            self.pace.batch_size,
+            |image| image.size,
+            |alike| {
+                let pixels = stack(alike.iter().map(|image| **image), &self.model, self.pace)?;
+                let decoded = self.model.decode_from_indices(&self.model.encode_to_indices(&pixels)?)?;
+                let mut images = to_images(&decoded, &self.views[0].preprocessor)?;
+                // What filled up the batch is no image.
+                images.truncate(alike.len());
+                Ok(images)
+            },
+        )
     }
 
-    fn write_images(&self, batch: &[(&Input, Loaded)], decoded: &Tensor, seen: &mut Seen) -> Result<()> {
-        let images = to_images(decoded, &self.preprocessor)?;
-        save_pngs(batch.iter().map(|(input, _)| self.picture(input)).zip(&images))?;
-        for ((_, loaded), image) in batch.iter().zip(images) {
-            let original = beside(&loaded.image, &image, &self.preprocessor)?;
-            seen.psnr.extend(metrics::psnr(&original, &image));
+    fn write_images(&self, batch: &[(&Input, Views)], decoded: Vec<Rgb>, seen: &mut Seen) -> Result<()> {
+        let name = |input: &Input, view: &View| picture(&self.output, &view.name(&input.relative));
+        let names = batch.iter().flat_map(|(input, _)| self.views.iter().map(|view| name(input, view)));
+        save_pngs(names.zip(&decoded))?;
+        let originals = batch.iter().flat_map(|(_, views)| self.views.iter().zip(views));
+        for ((view, (_, original)), image) in originals.zip(decoded) {
+            seen.psnr.extend(metrics::psnr(original, &image).map(|psnr| (view.mark, psnr)));
             if seen.pairs.len() < sheet::MOST {
-                seen.pairs.push((original, image));
+                seen.pairs.push((original.clone(), image));
             }
         }
         Ok(())
-    }
-
-    fn picture(&self, input: &Input) -> PathBuf {
-        picture(&self.output, &stem(input))
-    }
-}
-
-impl Seen {
-    fn mean_psnr(&self) -> Option<f64> {
-        (!self.psnr.is_empty()).then(|| self.psnr.iter().sum::<f64>() / self.psnr.len() as f64)
     }
 }
 

@@ -5,20 +5,21 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::ValueEnum;
 use vqrae::codes::{Codes, Format};
-use vqrae::image::{Limits, Preprocessor, Rgb};
+use vqrae::image::{Limits, Rgb};
 use vqrae::{Tensor, Vqrae};
 
-use super::{RUN_AGAIN, beside, finish, start, to_images, write_sheet};
-use crate::load::{Loaded, Pace, each_batch, load, stack};
+use super::{RUN_AGAIN, finish, start, to_images, write_sheet};
+use crate::load::{Loaded, Pace, each_alike, each_batch, load, load_beside, stack};
 use crate::output::{IfExists, Origin, Output, save_pngs, split_done};
-use crate::plan::{ImageArgs, Input, InputArgs, Kind, ModelArgs};
-use crate::report::Exit;
+use crate::plan::{Input, InputArgs, Kind, ModelArgs};
+use crate::report::{Exit, Quality};
 use crate::sheet;
+use crate::view::{ImageArgs, View};
 
 /// Turn images into codes, one code file an image
 ///
-/// Writes OUT/codes/<path>.safetensors for every image, OUT/manifest.json, and OUT/errors.jsonl when files could not be
-/// read. Run again, it goes on where it stopped: files that are whole and were made by the same model from images
+/// Writes OUT/codes/<path>.safetensors for every image (at several resolutions OUT/codes/<path>@256x256.safetensors and so
+/// on), OUT/manifest.json, and OUT/errors.jsonl when files could not be read. Run again, it goes on where it stopped: files that are whole and were made by the same model from images
 /// prepared the same way are kept. The last line on stdout is a summary in JSON.
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
@@ -47,6 +48,7 @@ const EXAMPLES: &str = "\
 Examples:
   vqrae-cli tokenize photos -o out
   vqrae-cli tokenize photos -o out --reconstruct --sheet out/sheet.png
+  vqrae-cli tokenize photos -o out --resolution 256,384x256
   vqrae-cli tokenize 'photos/**/*.jpg' -o out --model my-model --output-format npy --batch-size 32";
 
 #[derive(ValueEnum, Debug, Clone, Copy)]
@@ -69,7 +71,7 @@ impl From<CodeFormat> for Format {
 /// The checked plan, with everything opened.
 struct Job {
     model: Vqrae,
-    preprocessor: Preprocessor,
+    views: Vec<View>,
     limits: Limits,
     output: Output,
     extension: &'static str,
@@ -80,62 +82,82 @@ struct Job {
 pub(crate) fn execute(args: Args) -> Result<Exit> {
     let inputs = args.inputs.find(Kind::Images)?;
     let model = args.model.open()?;
-    let preprocessor = args.images.preprocessor(&model)?;
-    let output = Output::open(&args.inputs.output, &model, &preprocessor, args.if_exists)?;
+    let views = args.images.views(&model)?;
+    let output = Output::open(&args.inputs.output, &model, &views, args.if_exists)?;
     let (extension, reconstruct) = (Format::from(args.output_format).extension(), args.reconstruct);
     let (limits, pace) = (args.images.limits(), args.inputs.pace());
-    let job = Job { model, preprocessor, limits, output, extension, reconstruct, pace };
+    let job = Job { model, views, limits, output, extension, reconstruct, pace };
 
     let all = inputs.files.clone();
     let (left, resumed) = split_done(inputs.files, |input| job.is_done(input))?;
     let mut progress = start(&args.inputs, left.len(), resumed, &inputs.unreadable)?;
-    let read = |input: &Input| load(input, &job.preprocessor, &job.limits);
-    let compute = |batch: &[(&Input, Loaded)]| job.compute(batch);
-    let write = |batch: &[(&Input, Loaded)], computed| job.write(batch, computed);
+    let read = |input: &Input| load(input, &job.views, &job.limits);
+    let compute = |batch: &[(&Input, Vec<Loaded>)]| job.compute(batch);
+    let write = |batch: &[(&Input, Vec<Loaded>)], computed| job.write(batch, computed);
     let exit = each_batch(&left, pace, &mut progress, read, compute, write)?;
     if let (Some(path), Exit::Success) = (&args.sheet, exit) {
-        write_sheet(path, &job.pairs(&all)?, all.len())?;
+        write_sheet(path, &job.pairs(&all)?, all.len() * job.views.len())?;
     }
-    finish(progress, exit, None, RUN_AGAIN)
+    finish(progress, exit, Quality::default(), RUN_AGAIN)
 }
 
 impl Job {
-    fn code_file(&self, input: &Input) -> PathBuf {
-        self.output.path("codes", &input.relative, self.extension)
+    fn code_file(&self, input: &Input, view: &View) -> PathBuf {
+        self.output.path("codes", input, view, self.extension)
     }
 
-    fn picture(&self, input: &Input) -> PathBuf {
-        self.output.path("reconstructions", &input.relative, "png")
+    fn picture(&self, input: &Input, view: &View) -> PathBuf {
+        self.output.path("reconstructions", input, view, "png")
     }
 
+    /// Whether an earlier run has made all of an image's files.
     fn is_done(&self, input: &Input) -> Result<bool> {
-        Ok(self.output.has(&self.code_file(input), origin)? && (!self.reconstruct || self.picture(input).exists()))
-    }
-
-    /// The codes u32 `[B, h, w]` or `[B, h, w, c]` of one batch and, if wished, what they decode to.
-    fn compute(&self, batch: &[(&Input, Loaded)]) -> Result<(Tensor, Option<Tensor>)> {
-        let pixels = stack(batch.iter().map(|(_, loaded)| loaded), &self.model, self.pace)?;
-        let indices = self.model.encode_to_indices(&pixels)?;
-        let decoded = self.reconstruct.then(|| self.model.decode_from_indices(&indices)).transpose()?;
-        Ok((indices, decoded))
-    }
-
-    /// Writes the files of one batch, the code file last: where it is, the image is done.
-    fn write(&self, batch: &[(&Input, Loaded)], (indices, decoded): (Tensor, Option<Tensor>)) -> Result<()> {
-        if let Some(decoded) = decoded {
-            let images = to_images(&decoded, &self.preprocessor)?;
-            save_pngs(batch.iter().map(|(input, _)| self.picture(input)).zip(&images))?;
+        for view in &self.views {
+            let painted = !self.reconstruct || self.picture(input, view).exists();
+            if !self.output.has(&self.code_file(input, view), view, origin)? || !painted {
+                return Ok(false);
+            }
         }
-        for (i, (input, _)) in batch.iter().enumerate() {
-            self.codes(&indices.get(i)?, input)?.write(self.code_file(input))?;
+        Ok(true)
+    }
+
+    /// Of each image and each view of it the codes u32 `[h, w]` or `[h, w, c]` and, if wished, what they decode to.
+    fn compute(&self, batch: &[(&Input, Vec<Loaded>)]) -> Result<Vec<(Tensor, Option<Rgb>)>> {
+        let images: Vec<&Loaded> = batch.iter().flat_map(|(_, views)| views).collect();
+        each_alike(
+            &images,
+            self.pace.batch_size,
+            |image| image.size,
+            |alike| {
+                let pixels = stack(alike.iter().map(|image| **image), &self.model, self.pace)?;
+                let indices = self.model.encode_to_indices(&pixels)?;
+                let mut painted = Vec::new();
+                if self.reconstruct {
+                    painted = to_images(&self.model.decode_from_indices(&indices)?, &self.views[0].preprocessor)?;
+                }
+                let mut painted = painted.into_iter();
+                (0..alike.len()).map(|i| Ok((indices.get(i)?, painted.next()))).collect()
+            },
+        )
+    }
+
+    /// Writes the files of one batch, the code files last: where they are, the image is done.
+    fn write(&self, batch: &[(&Input, Vec<Loaded>)], computed: Vec<(Tensor, Option<Rgb>)>) -> Result<()> {
+        let views = || batch.iter().flat_map(|(input, _)| self.views.iter().map(move |view| (*input, view)));
+        let painted = views()
+            .zip(&computed)
+            .filter_map(|((input, view), (_, painted))| Some((self.picture(input, view), painted.as_ref()?)));
+        save_pngs(painted)?;
+        for ((input, view), (indices, _)) in views().zip(&computed) {
+            self.codes(indices, input, view)?.write(self.code_file(input, view))?;
         }
         Ok(())
     }
 
     /// The record of one image, from its indices `[h, w]` or `[h, w, c]`.
-    fn codes(&self, indices: &Tensor, input: &Input) -> Result<Codes> {
+    fn codes(&self, indices: &Tensor, input: &Input, view: &View) -> Result<Codes> {
         let (h, w) = (indices.dim(0)?, indices.dim(1)?);
-        let Origin { model_id, preprocessing, dtype } = self.output.origin().clone();
+        let Origin { model_id, preprocessing, dtype } = self.output.origin(view);
         Ok(Codes {
             indices: indices.flatten_all()?.to_vec1()?,
             h,
@@ -151,17 +173,22 @@ impl Job {
 
     /// The first images and what their code files decode to, whichever run wrote those.
     fn pairs(&self, inputs: &[Input]) -> Result<Vec<(Rgb, Rgb)>> {
-        let tokenized = inputs.iter().filter(|input| self.code_file(input).exists());
-        tokenized.take(sheet::MOST).filter_map(|input| self.pair(input).transpose()).collect()
-    }
-
-    /// `None` for an image that can no longer be read.
-    fn pair(&self, input: &Input) -> Result<Option<(Rgb, Rgb)>> {
-        let Ok(loaded) = load(input, &self.preprocessor, &self.limits) else { return Ok(None) };
-        let indices = super::stack_codes(&[&Codes::read(self.code_file(input))?], self.model.device())?;
-        let decoded = self.model.decode_from_indices(&indices)?;
-        let reconstruction = to_images(&decoded, &self.preprocessor)?.swap_remove(0);
-        Ok(Some((beside(&loaded.image, &reconstruction, &self.preprocessor)?, reconstruction)))
+        let mut pairs = Vec::new();
+        for input in inputs.iter().filter(|input| self.views.iter().all(|view| self.code_file(input, view).exists())) {
+            // An image that can no longer be read is left out.
+            let Ok(loaded) = load_beside(input, &self.views, &self.limits) else { continue };
+            for (view, (_, original)) in self.views.iter().zip(loaded) {
+                if pairs.len() == sheet::MOST {
+                    return Ok(pairs);
+                }
+                let codes = Codes::read(self.code_file(input, view))?;
+                let indices = super::stack_codes(&[&codes], self.model.device())?;
+                let decoded = self.model.decode_from_indices(&indices)?;
+                let reconstruction = to_images(&decoded, &view.preprocessor)?.swap_remove(0);
+                pairs.push((original, reconstruction));
+            }
+        }
+        Ok(pairs)
     }
 }
 

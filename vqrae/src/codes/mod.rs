@@ -1,7 +1,8 @@
 //! Indices ⇄ disk: the codes of one image are one file.
 //!
-//! A code file says what is needed to decode it years later: the grid, the model's id, the size of its codebook, the
-//! image it came from and how that image was prepared. Two formats hold the same record:
+//! A code file says what is needed to decode it years later: the grid (images of one model may differ in size), the
+//! model's id, the size of its codebook, the image it came from and how that image was prepared. Two formats hold the same
+//! record:
 //!
 //! | format | the indices | the record |
 //! |---|---|---|

@@ -60,11 +60,12 @@ pub struct Report {
     pub filled: usize,
     /// Tensors of the checkpoint that have no use.
     pub dropped: usize,
-    /// Where each of encoder, quantizer and decoder came from; what is fresh wants training.
+    /// Where each part (encoder, quantizer, decoder, …) came from; what is fresh wants training.
     pub parts: BTreeMap<String, String>,
 }
 
-const PARTS: [&str; 3] = ["encoder", "quantizer", "decoder"];
+/// The first parts of our tensors' names. Not every model has `fusion` and `latent`.
+const PARTS: [&str; 5] = ["encoder", "fusion", "latent", "quantizer", "decoder"];
 
 /// Makes a model folder of a checkpoint: a .pt, .pth, .bin or .ckpt of PyTorch (nothing in it is run), a .safetensors, or
 /// a folder with one of them and a config.json.
@@ -117,7 +118,7 @@ pub fn convert(from: &Path, output: &Path, options: &Options) -> Result<Report> 
         return Err(Error::weights(from, reason));
     }
     let mut parts = BTreeMap::new();
-    for part in PARTS {
+    for part in PARTS.into_iter().filter(|part| wanted.keys().any(|name| part_of(name) == *part)) {
         let of_base = base.as_ref().filter(|base| !options.fresh.iter().any(|fresh| fresh == part) && base.has(part));
         let origin = match of_base {
             _ if is_touched(part) => "the checkpoint".to_string(),

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::tower::{Features, Layout};
+use super::{Features, Layout};
 use crate::vit::{self, Activation, Interpolation};
 
 /// Hugging Face's `Dinov2Config`, key by key. A missing key takes Hugging Face's default.

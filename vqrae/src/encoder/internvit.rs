@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::tower::{Features, Layout};
+use super::{Features, Layout};
 use crate::vit::{self, Activation, Interpolation};
 
 /// Hugging Face's `InternVLVisionConfig`, key by key. A missing key takes Hugging Face's default.
@@ -99,7 +99,11 @@ impl InternVitConfig {
             return Err(format!("encoder: patch_size is {:?}, expected: equal sides", self.patch_size));
         }
         if self.use_mean_pooling && self.features.has_norm() {
-            return Err("encoder: with use_mean_pooling there is no final norm; use features before_norm".into());
+            return Err(
+                "encoder: with use_mean_pooling there is no final norm; use features before_norm, sum_last, layer or \
+                 fuse with norm = false"
+                    .into(),
+            );
         }
         Ok(())
     }

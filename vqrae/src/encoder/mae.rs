@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::tower::{Features, Layout};
+use super::{Features, Layout};
 use crate::vit::{self, Activation, Interpolation};
 
 /// Hugging Face's `ViTMAEConfig`, key by key; what concerns its own decoder and its masking is left out.

@@ -1,17 +1,21 @@
 //! Pixels to continuous features: the pretrained half of the tokenizer.
 
 mod dinov2;
+mod features;
 mod internvit;
 mod mae;
+mod naflex;
 mod siglip;
 mod tower;
 
 pub use dinov2::Dinov2Config;
+pub use features::{By, Features, Fuse};
 pub use internvit::InternVitConfig;
 pub use mae::MaeConfig;
+pub use naflex::NaflexConfig;
 pub use siglip::{Backend, SiglipConfig, Stock};
 pub(crate) use tower::Surroundings;
-pub use tower::{Features, Layout, Tower};
+pub use tower::{Layout, Tower};
 
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
@@ -24,6 +28,9 @@ pub enum Config {
     /// SigLIP, and SigLIP2 of a fixed image size.
     #[serde(rename = "siglip_vision_model")]
     Siglip(SiglipConfig),
+    /// SigLIP2 NaFlex: images of any aspect ratio.
+    #[serde(rename = "siglip2_vision_model")]
+    Naflex(NaflexConfig),
     /// DINOv2, with or without registers.
     #[serde(rename = "dinov2", alias = "dinov2_with_registers")]
     Dinov2(Dinov2Config),
@@ -40,6 +47,7 @@ impl Config {
     pub fn layout(&self) -> Layout {
         match self {
             Self::Siglip(config) => config.layout(),
+            Self::Naflex(config) => config.layout(),
             Self::Dinov2(config) => config.layout(),
             Self::InternVit(config) => config.layout(),
             Self::Mae(config) => config.layout(),
@@ -50,6 +58,7 @@ impl Config {
     pub fn image_size(&self) -> usize {
         match self {
             Self::Siglip(config) => config.image_size,
+            Self::Naflex(config) => config.image_size(),
             Self::Dinov2(config) => config.image_size,
             Self::InternVit(config) => config.image_size[0].max(config.image_size[1]),
             Self::Mae(config) => config.image_size,
@@ -60,10 +69,16 @@ impl Config {
     pub fn features_mut(&mut self) -> &mut Features {
         match self {
             Self::Siglip(config) => &mut config.features,
+            Self::Naflex(config) => &mut config.features,
             Self::Dinov2(config) => &mut config.features,
             Self::InternVit(config) => &mut config.features,
             Self::Mae(config) => &mut config.features,
         }
+    }
+
+    /// Which of its states are the features.
+    pub fn features(&self) -> Features {
+        self.layout().features
     }
 
     /// Whether candle-transformers runs it.
@@ -81,7 +96,7 @@ impl Config {
         self.layout().patch
     }
 
-    /// The blocks' sizes.
+    /// The sizes of all its blocks, those that the features do not need included.
     pub fn vit(&self) -> crate::vit::Config {
         self.layout().vit
     }
@@ -95,11 +110,23 @@ impl Config {
     pub fn check(&self) -> std::result::Result<(), String> {
         match self {
             Self::Siglip(config) => config.check(),
+            Self::Naflex(config) => config.check(),
             Self::Dinov2(config) => config.check(),
             Self::InternVit(config) => config.check(),
             Self::Mae(config) => config.check(),
         }?;
         self.layout().check(self.image_size())
+    }
+
+    /// Whether one of the whole encoder's tensors, by its name here, is part of a model with these features: blocks and a
+    /// final norm that they do not need are not.
+    pub(crate) fn needs(&self, name: &str) -> bool {
+        let layout = self.layout();
+        let mut after = name.split('.').skip_while(|part| *part != "layers").skip(1);
+        match after.next().and_then(|number| number.parse::<usize>().ok()) {
+            Some(block) => !(layout.blocks().depth..layout.vit.depth).contains(&block),
+            None => layout.features.has_norm() || !name.contains(".post_layernorm."),
+        }
     }
 
     /// Where the tower and its blocks stand below the encoder's own name.
@@ -135,7 +162,8 @@ impl Encoder {
     ///
     /// # Shapes
     /// - pixels: `[B, 3, h·P, w·P]`
-    /// - output: `[B, h·w, D]`
+    /// - output: `[B, h·w, D]`; with [`Features::Fuse`] both states side by side, `[B, h·w, 2·D]`, for
+    ///   [`crate::fusion::Fusion`]
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         match self {
             Self::Tower(tower) => tower.forward(pixels),
@@ -143,8 +171,8 @@ impl Encoder {
         }
     }
 
-    /// The embeddings and the output of every block, as transformers' `hidden_states`: depth + 1 tensors `[B, P + N, D]`,
-    /// P tokens of the encoder's own (class token, registers) before those of the patches.
+    /// The embeddings and the output of every block that the [`Features`] need, as transformers' `hidden_states`: one
+    /// tensor `[B, P + N, D]` more than blocks, P tokens of the encoder's own (class token, registers) before those of the patches.
     ///
     /// # Errors
     /// Also where the encoder is candle-transformers', which does not show them.

@@ -6,7 +6,7 @@ use candle_nn::VarBuilder;
 use candle_transformers::models::siglip as stock;
 use serde::{Deserialize, Serialize};
 
-use super::tower::{Features, Layout};
+use super::{Features, Layout};
 use crate::vit::{self, Interpolation};
 
 /// Hugging Face's `SiglipVisionConfig`, key by key, and two keys of ours. A missing key takes Hugging Face's default.

@@ -2,8 +2,8 @@
 
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
-use serde::{Deserialize, Serialize};
 
+use super::Features;
 use crate::ops::Norm;
 use crate::vit::{self, Interpolation, PatchEmbedding, Positions, Vit};
 
@@ -24,35 +24,12 @@ pub struct Layout {
     pub features: Features,
 }
 
-/// Which of an encoder's states are its features.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Features {
-    /// After the final norm: transformers' `last_hidden_state`.
-    #[default]
-    LastHiddenState,
-    /// Before the final norm, which is then not part of the model: transformers' `hidden_states[-1]`.
-    BeforeNorm,
-    /// The sum of what the last k blocks put out, without the final norm (RAEv2, arXiv 2605.18324).
-    SumLast(usize),
-}
-
-impl Features {
-    /// Whether the final norm is part of the model.
-    pub fn has_norm(self) -> bool {
-        self == Self::LastHiddenState
-    }
-
-    /// From which of the depth + 1 hidden states on they are summed.
-    pub(crate) fn first_state(self, depth: usize) -> usize {
-        match self {
-            Self::LastHiddenState | Self::BeforeNorm => depth,
-            Self::SumLast(k) => depth + 1 - k,
-        }
-    }
-}
-
 impl Layout {
+    /// The blocks that are part of the model: all up to the last one that the features need.
+    pub fn blocks(&self) -> vit::Config {
+        vit::Config { depth: self.features.blocks(self.vit.depth), ..self.vit }
+    }
+
     /// Whether the sizes make sense; the error names the field.
     pub fn check(&self, image_size: usize) -> std::result::Result<(), String> {
         self.vit.check("encoder")?;
@@ -62,12 +39,7 @@ impl Layout {
         if image_size < self.patch || image_size > 1 << 14 {
             return Err(format!("encoder: image_size is {image_size}, expected: patch_size to 16384"));
         }
-        match self.features {
-            Features::SumLast(k) if k == 0 || k > self.vit.depth => {
-                Err(format!("encoder: features.sum_last is {k}, expected: 1 to the {} blocks", self.vit.depth))
-            }
-            _ => Ok(()),
-        }
+        self.features.check(self.vit.depth, self.vit.width)
     }
 }
 
@@ -110,7 +82,7 @@ impl Tower {
     /// Loads `embeddings.…`, `post_layernorm` from `vb` and `layers.N` from `blocks`.
     pub fn load(vb: &VarBuilder, blocks: VarBuilder, layout: Layout) -> Result<Self> {
         let surroundings = Surroundings::load(vb, &layout)?;
-        Ok(Self { surroundings, blocks: Vit::load(blocks, &layout.vit)?, layout })
+        Ok(Self { surroundings, blocks: Vit::load(blocks, &layout.blocks())?, layout })
     }
 
     fn embed(&self, pixels: &Tensor) -> Result<Tensor> {
@@ -123,25 +95,40 @@ impl Tower {
         }
     }
 
-    /// Normalised pixels `[B, 3, h·P, w·P]` to features `[B, h·w, D]`.
+    /// Normalised pixels `[B, 3, h·P, w·P]` to features `[B, h·w, D]`; where two states are to become one, to both side by
+    /// side, the shallow one first, `[B, h·w, 2·D]`.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let x = self.embed(pixels)?;
-        let first = self.layout.features.first_state(self.layout.vit.depth);
-        let x = match self.layout.features {
+        match self.layout.features {
             Features::SumLast(_) => {
                 let states = self.blocks.hidden_states(&x)?;
-                states[first + 1..].iter().try_fold(states[first].clone(), |sum, state| sum + state)?
+                let first = self.layout.features.first_state(self.layout.blocks().depth);
+                let sum = states[first + 1..].iter().try_fold(states[first].clone(), |sum, state| sum + state)?;
+                self.finish(&sum)
             }
-            _ => self.blocks.forward(&x)?,
-        };
-        let x = x.narrow(1, self.layout.prefix, x.dim(1)? - self.layout.prefix)?;
-        match &self.surroundings.post_layernorm {
-            Some(norm) => norm.forward(&x.contiguous()?),
-            None => x.contiguous(),
+            Features::Fuse(fuse) => {
+                let states = self.blocks.hidden_states(&x)?;
+                Tensor::cat(&[&self.patches(&states[fuse.shallow])?, &self.finish(&states[fuse.deep])?], 2)
+            }
+            _ => self.finish(&self.blocks.forward(&x)?),
         }
     }
 
-    /// The embeddings and the output of every block, `[B, P + N, D]` each, as transformers' `hidden_states`.
+    /// The tokens of the patches alone.
+    fn patches(&self, x: &Tensor) -> Result<Tensor> {
+        x.narrow(1, self.layout.prefix, x.dim(1)? - self.layout.prefix)?.contiguous()
+    }
+
+    /// What follows the last block.
+    fn finish(&self, x: &Tensor) -> Result<Tensor> {
+        let x = self.patches(x)?;
+        match &self.surroundings.post_layernorm {
+            Some(norm) => norm.forward(&x),
+            None => Ok(x),
+        }
+    }
+
+    /// The embeddings and the output of every block of the model, `[B, P + N, D]` each, as transformers' `hidden_states`.
     pub fn hidden_states(&self, pixels: &Tensor) -> Result<Vec<Tensor>> {
         self.blocks.hidden_states(&self.embed(pixels)?)
     }

@@ -1,7 +1,7 @@
 //! Pixels in and out: from a file of any common format to the tensor values a vision encoder was trained on.
 //!
 //! 1. [`open`] / [`decode`]: JPEG, PNG, WebP, BMP, GIF, TIFF to upright 8-bit RGB ([`Rgb`]).
-//! 2. [`Preprocessor::prepare`]: resize, crop or pad to the encoder's size.
+//! 2. [`Preprocessor::prepare`]: resize, crop or pad to the encoder's size; with [`Naflex`] to each image's own.
 //! 3. [`Preprocessor::normalize`]: to `f32` `[3, H, W]`; [`Preprocessor::denormalize_to_rgb`] is the way back.
 //! 4. [`save_png`]: a file that appears whole or not at all.
 //!
@@ -39,8 +39,10 @@
 //!
 //! This module knows nothing of tensors, models or candle.
 
+mod config;
 mod decode;
 mod jpeg;
+mod naflex;
 mod pillow;
 mod preprocess;
 mod resize;
@@ -50,9 +52,11 @@ use std::path::{Path, PathBuf};
 
 use ::image::ImageEncoder;
 
+pub use config::ConfigError;
 pub use decode::decode;
 pub use jpeg::DECODER as JPEG_DECODER;
-pub use preprocess::{ConfigError, Preprocessor};
+pub use naflex::Naflex;
+pub use preprocess::Preprocessor;
 pub use resize::{Resample, ResizeMode};
 
 /// What went wrong, and with which file.

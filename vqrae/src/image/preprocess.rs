@@ -2,51 +2,17 @@
 
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
+use super::config::{ConfigError, Keys};
 use super::pillow::{self, Filter};
 use super::resize::{affordable, crop, pad, resize};
-use super::{Error, ErrorKind, JPEG_DECODER, Resample, ResizeMode, Rgb};
-
-/// A `preprocessor_config.json` that cannot be used. Each message names the key.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file could not be read.
-    #[error("cannot be read: {0}")]
-    Unreadable(#[from] std::io::Error),
-    /// The text is not a JSON object.
-    #[error("not a JSON object: {0}")]
-    NotJson(#[from] serde_json::Error),
-    /// A key without which the numbers would be a guess.
-    #[error("`{key}` is missing")]
-    Missing {
-        /// The key.
-        key: &'static str,
-    },
-    /// A value of the wrong kind.
-    #[error("`{key}` is wrong, expected: {expected}, got: {got}")]
-    Wrong {
-        /// The key.
-        key: &'static str,
-        /// What would be right.
-        expected: &'static str,
-        /// The value found.
-        got: String,
-    },
-    /// A value with a meaning that this program does not have.
-    #[error("`{key}` is not supported: {reason}")]
-    Unsupported {
-        /// The key.
-        key: &'static str,
-        /// Why.
-        reason: &'static str,
-    },
-}
+use super::{Error, ErrorKind, JPEG_DECODER, Naflex, Resample, ResizeMode, Rgb};
 
 /// How pixels become the encoder's input. Fields carry the names of their Hugging Face keys.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Preprocessor {
-    /// Height and width of the result, in pixels.
+    /// Height and width of the result, in pixels; in naflex mode of the result of a square image.
     pub size: (usize, usize),
     /// Interpolation of the resize.
     pub resample: Resample,
@@ -55,7 +21,10 @@ pub struct Preprocessor {
     /// What center-crop resizes the short side to before it cuts `size` out, in pixels. `None`: the longer side of
     /// `size`. Ignored by the other modes.
     pub shortest_edge: Option<usize>,
-    /// Without it an image must come in the right size (for center-crop: at least that size).
+    /// The budget of naflex mode, which needs it. Ignored by the other modes.
+    pub naflex: Option<Naflex>,
+    /// Without it an image must come in the right size (for center-crop: at least that size; for naflex: in whole
+    /// patches).
     pub do_resize: bool,
     /// Whether values are multiplied by `rescale_factor`.
     pub do_rescale: bool,
@@ -78,6 +47,7 @@ impl Preprocessor {
             resample,
             resize_mode: ResizeMode::Squash,
             shortest_edge: None,
+            naflex: None,
             do_resize: true,
             do_rescale: true,
             rescale_factor: 1.0 / 255.0,
@@ -97,7 +67,11 @@ impl Preprocessor {
     pub fn from_json(text: &str) -> Result<Self, ConfigError> {
         let config = Keys(serde_json::from_str(text)?);
         config.refuse_what_we_lack()?;
-        let (size, shortest_edge, resize_mode) = config.geometry()?;
+        let naflex = config.naflex()?;
+        let (size, shortest_edge, resize_mode) = match naflex {
+            Some(naflex) => (naflex.square(), None, ResizeMode::Naflex),
+            None => config.geometry()?,
+        };
         let do_resize = config.flag("do_resize", true)?;
         let do_normalize = config.flag("do_normalize", true)?;
         Ok(Self {
@@ -105,6 +79,7 @@ impl Preprocessor {
             resample: config.resample(do_resize)?,
             resize_mode,
             shortest_edge,
+            naflex,
             do_resize,
             do_rescale: config.flag("do_rescale", true)?,
             rescale_factor: config.rescale_factor()?,
@@ -135,13 +110,47 @@ impl Preprocessor {
             config["size"] = json!({"shortest_edge": self.short_side()});
             config["crop_size"] = json!({"height": height, "width": width});
         }
-        if self.resize_mode != ResizeMode::Squash {
+        if let (ResizeMode::Naflex, Some(naflex)) = (self.resize_mode, self.naflex) {
+            config["image_processor_type"] = json!("Siglip2ImageProcessor");
+            config.as_object_mut().and_then(|config| config.remove("size"));
+            config["patch_size"] = json!(naflex.patch_size);
+            config["max_num_patches"] = json!(naflex.max_num_patches);
+        } else if self.resize_mode != ResizeMode::Squash {
             config["resize_mode"] = json!(self.resize_mode);
         }
         config
     }
 
-    /// Brings an image to exactly `size`, still in 8 bits.
+    /// The same by another mode. Naflex gets a budget, if there is none, of as many patches of side `patch` as the size
+    /// holds.
+    #[must_use]
+    pub fn by(self, resize_mode: ResizeMode, patch: usize) -> Self {
+        let naflex = match resize_mode {
+            ResizeMode::Naflex => Some(self.naflex.unwrap_or_else(|| Naflex::of(self.size, patch))),
+            _ => self.naflex,
+        };
+        Self { resize_mode, naflex, ..self }
+    }
+
+    /// The same view of an image at another size (height, width): what center-crop cuts from grows with it, and naflex's
+    /// budget becomes as many patches as the size holds.
+    #[must_use]
+    pub fn at(&self, size: (usize, usize)) -> Self {
+        let longer = |(h, w): (usize, usize)| h.max(w);
+        let scaled = |short: usize| (short * longer(size)).div_ceil(longer(self.size).max(1));
+        let naflex = self.naflex.map(|naflex| Naflex::of(size, naflex.patch_size));
+        Self {
+            size: match (self.resize_mode, naflex) {
+                (ResizeMode::Naflex, Some(naflex)) => naflex.square(),
+                _ => size,
+            },
+            shortest_edge: self.shortest_edge.map(scaled),
+            naflex,
+            ..self.clone()
+        }
+    }
+
+    /// Brings an image to exactly `size`, in naflex mode to its own size, still in 8 bits.
     pub fn prepare(&self, image: &Rgb) -> Result<Rgb, ErrorKind> {
         image.check()?;
         let prepared = match self.resize_mode {
@@ -150,8 +159,20 @@ impl Preprocessor {
             ResizeMode::CenterCrop => self.center_crop(image),
             ResizeMode::AdmCrop => self.adm_crop(image),
             ResizeMode::Pad => self.fit_and_pad(image),
+            ResizeMode::Naflex => self.fill_budget(image),
         };
         prepared.map_err(|reason| ErrorKind::Resize { size: self.size, mode: self.resize_mode, reason })
+    }
+
+    /// The view that [`prepare`](Self::prepare) takes of an image, brought to exactly `size` (height, width): what a
+    /// reconstruction of another size is compared with, where the decoder's patch is not the encoder's.
+    pub fn prepare_at(&self, image: &Rgb, size: (usize, usize)) -> Result<Rgb, ErrorKind> {
+        let squash = Self { size, resize_mode: ResizeMode::Squash, do_resize: true, ..self.clone() };
+        match self.resize_mode {
+            _ if !self.do_resize => squash.prepare(&self.prepare(image)?),
+            ResizeMode::Naflex => squash.prepare(image),
+            _ => self.at(size).prepare(image),
+        }
     }
 
     /// `((x − mean / factor) / (std / factor))` in `f32`: transformers folds the rescaling into mean and std, and the
@@ -195,6 +216,10 @@ impl Preprocessor {
         let (mode, resample) = (self.resize_mode, self.resample);
         match mode {
             _ if !self.do_resize => format!("unresized/{JPEG_DECODER}"),
+            ResizeMode::Naflex => {
+                let Naflex { patch_size, max_num_patches } = self.naflex.unwrap_or_default();
+                format!("{mode}-{max_num_patches}-of-{patch_size}-{resample}-torchvision/{JPEG_DECODER}")
+            }
             ResizeMode::AdmCrop => format!("{mode}-{}-pillow13/{JPEG_DECODER}", Resample::Bicubic),
             ResizeMode::CenterCrop if self.short_side() != self.size.0.max(self.size.1) => {
                 format!("{mode}-from-{}-{resample}-torchvision/{JPEG_DECODER}", self.short_side())
@@ -209,6 +234,16 @@ impl Preprocessor {
 
     fn take_as_is(&self, image: &Rgb) -> Result<Rgb, String> {
         let (height, width) = self.size;
+        if self.resize_mode == ResizeMode::Naflex {
+            let p = self.budget()?.patch_size;
+            return match image.width.is_multiple_of(p) && image.height.is_multiple_of(p) {
+                true => Ok(image.clone()),
+                false => Err(format!(
+                    "the image is {}x{}, which are no whole patches of {p}, and do_resize is false",
+                    image.width, image.height
+                )),
+            };
+        }
         let crops = self.resize_mode == ResizeMode::CenterCrop && image.width >= width && image.height >= height;
         if crops || (image.width, image.height) == (width, height) {
             return self.cut_centre(image);
@@ -255,6 +290,16 @@ impl Preprocessor {
         Ok(pad(&resize(image, fitted_width, fitted_height, self.resample)?, width, height))
     }
 
+    fn budget(&self) -> Result<Naflex, String> {
+        let naflex = self.naflex.filter(|naflex| naflex.patch_size > 0);
+        naflex.ok_or_else(|| "naflex mode needs a patch_size and max_num_patches".to_owned())
+    }
+
+    fn fill_budget(&self, image: &Rgb) -> Result<Rgb, String> {
+        let (height, width) = self.budget()?.size_of(image.height, image.width);
+        resize(image, width, height, self.resample)
+    }
+
     fn cut_centre(&self, image: &Rgb) -> Result<Rgb, String> {
         let (height, width) = self.size;
         match (image.width.checked_sub(width), image.height.checked_sub(height)) {
@@ -289,131 +334,4 @@ impl Preprocessor {
 /// The `f64` with the fewest digits that is this `f32`: 0.1, not 0.10000000149011612.
 fn shortest_decimal(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
-}
-
-/// Height and width, in pixels.
-type Size = (usize, usize);
-
-/// The keys of a `preprocessor_config.json`. A key that is null counts as absent.
-struct Keys(Map<String, Value>);
-
-impl Keys {
-    fn get(&self, key: &str) -> Option<&Value> {
-        self.0.get(key).filter(|value| !value.is_null())
-    }
-
-    fn refuse_what_we_lack(&self) -> Result<(), ConfigError> {
-        let unsupported = |key, reason| Err(ConfigError::Unsupported { key, reason });
-        if self.get("max_num_patches").is_some() {
-            return unsupported("max_num_patches", "the encoder wants one fixed size, not naflex's variable one");
-        }
-        if self.flag("do_pad", false)? {
-            return unsupported("do_pad", "use \"resize_mode\": \"pad\", which centres on white");
-        }
-        Ok(())
-    }
-
-    fn flag(&self, key: &'static str, default: bool) -> Result<bool, ConfigError> {
-        match self.get(key) {
-            None => Ok(default),
-            Some(value) => value.as_bool().ok_or_else(|| wrong(key, "true or false", value)),
-        }
-    }
-
-    fn resample(&self, required: bool) -> Result<Resample, ConfigError> {
-        match self.get("resample") {
-            None if required => Err(ConfigError::Missing { key: "resample" }),
-            None => Ok(Resample::Bicubic),
-            Some(value) => {
-                let known = value.as_u64().and_then(|number| Resample::try_from(number).ok());
-                known.ok_or_else(|| wrong("resample", "2 (bilinear) or 3 (bicubic)", value))
-            }
-        }
-    }
-
-    fn rescale_factor(&self) -> Result<f64, ConfigError> {
-        let Some(value) = self.get("rescale_factor") else {
-            return Ok(1.0 / 255.0);
-        };
-        let positive = value.as_f64().filter(|factor| *factor > 0.0);
-        positive.ok_or_else(|| wrong("rescale_factor", "a positive number", value))
-    }
-
-    fn channels(&self, key: &'static str, required: bool, default: f32) -> Result<[f32; 3], ConfigError> {
-        match self.get(key) {
-            None if required => Err(ConfigError::Missing { key }),
-            None => Ok([default; 3]),
-            Some(value) => serde_json::from_value(value.clone()).map_err(|_| wrong(key, "three numbers", value)),
-        }
-    }
-
-    fn image_std(&self, required: bool) -> Result<[f32; 3], ConfigError> {
-        let std = self.channels("image_std", required, 1.0)?;
-        if std.iter().all(|channel| *channel > 0.0) {
-            return Ok(std);
-        }
-        Err(wrong("image_std", "three positive numbers", &json!(std)))
-    }
-
-    /// Size of the result, `shortest_edge` and mode out of `size`, `do_center_crop`, `crop_size` and `resize_mode`.
-    fn geometry(&self) -> Result<(Size, Option<usize>, ResizeMode), ConfigError> {
-        let size = self.get("size").ok_or(ConfigError::Missing { key: "size" })?;
-        if self.flag("do_center_crop", false)? {
-            let (crop, short) = self.crop(size)?;
-            let default = if short.is_some() { ResizeMode::CenterCrop } else { ResizeMode::Squash };
-            return Ok((crop, short, self.resize_mode(default)?));
-        }
-        if size.get("shortest_edge").is_some() {
-            let reason = "with shortest_edge alone the result has no fixed size; add do_center_crop and crop_size";
-            return Err(ConfigError::Unsupported { key: "size", reason });
-        }
-        Ok((height_and_width("size", size)?, None, self.resize_mode(ResizeMode::Squash)?))
-    }
-
-    /// The crop's size, and the short side that it is cut from. A `size` of height and width that the crop only
-    /// repeats is a squash.
-    fn crop(&self, size: &Value) -> Result<(Size, Option<usize>), ConfigError> {
-        let crop = self.get("crop_size").map(|value| height_and_width("crop_size", value)).transpose()?;
-        let Some(short) = size.get("shortest_edge").or(size.is_number().then_some(size)) else {
-            let size = height_and_width("size", size)?;
-            if crop.is_some_and(|crop| crop != size) {
-                let reason = "with do_center_crop a size of height and width must equal it; use shortest_edge";
-                return Err(ConfigError::Unsupported { key: "crop_size", reason });
-            }
-            return Ok((size, None));
-        };
-        let short = pixels("size", short)?;
-        let crop = crop.unwrap_or((short, short));
-        if crop.0.max(crop.1) > short {
-            let reason = "it is larger than size.shortest_edge";
-            return Err(ConfigError::Unsupported { key: "crop_size", reason });
-        }
-        Ok((crop, Some(short)))
-    }
-
-    fn resize_mode(&self, default: ResizeMode) -> Result<ResizeMode, ConfigError> {
-        let expected = "squash, center-crop, adm-crop or pad";
-        self.get("resize_mode").map_or(Ok(default), |value| {
-            serde_json::from_value(value.clone()).map_err(|_| wrong("resize_mode", expected, value))
-        })
-    }
-}
-
-/// `{"height": …, "width": …}`, or one number for both.
-fn height_and_width(key: &'static str, value: &Value) -> Result<Size, ConfigError> {
-    match (value.get("height"), value.get("width")) {
-        (Some(height), Some(width)) => Ok((pixels(key, height)?, pixels(key, width)?)),
-        _ => pixels(key, value).map(|side| (side, side)),
-    }
-}
-
-fn pixels(key: &'static str, value: &Value) -> Result<usize, ConfigError> {
-    const MOST: u64 = 16_384;
-    let side = value.as_u64().filter(|side| (1..=MOST).contains(side));
-    let expected = "pixels (1 to 16384), as a number or {\"height\", \"width\"}";
-    side.map(|side| side as usize).ok_or_else(|| wrong(key, expected, value))
-}
-
-fn wrong(key: &'static str, expected: &'static str, got: &Value) -> ConfigError {
-    ConfigError::Wrong { key, expected, got: got.to_string() }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Limits, Rgb};
 
-/// How an image of any shape comes to the encoder's fixed size.
+/// How an image of any shape comes to a size that the encoder takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ResizeMode {
@@ -23,10 +23,16 @@ pub enum ResizeMode {
     AdmCrop,
     /// The whole image inside the size, centred on white.
     Pad,
+    /// The aspect ratio is kept, and the size is the image's own, within a budget of patches ([`Naflex`](super::Naflex)):
+    /// SigLIP2 NaFlex.
+    Naflex,
 }
 
 impl ResizeMode {
-    const ALL: [Self; 4] = [Self::Squash, Self::CenterCrop, Self::AdmCrop, Self::Pad];
+    const ALL: [Self; 5] = [Self::Squash, Self::CenterCrop, Self::AdmCrop, Self::Pad, Self::Naflex];
+
+    /// All names, for messages.
+    pub(super) const NAMES: &str = "squash, center-crop, adm-crop, pad or naflex";
 
     fn name(self) -> &'static str {
         match self {
@@ -34,6 +40,7 @@ impl ResizeMode {
             Self::CenterCrop => "center-crop",
             Self::AdmCrop => "adm-crop",
             Self::Pad => "pad",
+            Self::Naflex => "naflex",
         }
     }
 }
@@ -49,7 +56,7 @@ impl FromStr for ResizeMode {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|mode| mode.name() == text);
-        found.ok_or_else(|| format!("unknown resize mode, expected: squash, center-crop, adm-crop or pad, got: {text}"))
+        found.ok_or_else(|| format!("unknown resize mode, expected: {}, got: {text}", Self::NAMES))
     }
 }
 

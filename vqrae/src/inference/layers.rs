@@ -29,7 +29,7 @@ impl<T: Element> Linear<T> {
     }
 
     /// Several layers of one input as one layer, whose output is theirs side by side.
-    fn stack(layers: &[&ops::Linear], isa: Isa) -> Result<Self> {
+    pub(super) fn stack(layers: &[&ops::Linear], isa: Isa) -> Result<Self> {
         let d = layers[0].weight.dim(1)?;
         let weights: Vec<_> = layers.iter().map(|layer| values(&layer.weight)).collect::<Result<_>>()?;
         let weights: Vec<&[f32]> = weights.iter().map(Vec::as_slice).collect();

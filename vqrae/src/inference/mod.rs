@@ -1,6 +1,6 @@
 //! The network on a processor, for inference alone: weights packed once, an image at a time, no gradients.
 //!
-//! The layers and their names are those of [`crate::vit`], [`crate::encoder`], [`crate::quantizer`] and
+//! The layers and their names are those of [`crate::vit`], [`crate::encoder`], [`crate::fusion`], [`crate::quantizer`] and
 //! [`crate::decoder`], which carry gradients and run on other devices; the tests tie the two. What computes is
 //! [`vqrae_kernels::cpu`], in f32 or bf16.
 //!
@@ -9,16 +9,19 @@
 //!
 //! A stage is read when it is first needed: to tokenize takes no memory for the decoder.
 
+mod fusion;
 mod layers;
 mod stages;
 
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Result, Tensor};
+use fusion::Fusion;
 use rayon::prelude::*;
-use stages::{Decoder, Encoder, Quantizer, array, tensor};
+use stages::{Decoder, Encoder, Quantizer, States, array, narrowed, tensor};
 use vqrae_kernels::cpu::{Element, Isa, Matrix};
 
+use crate::latent::{Latent, Rows};
 use crate::model::Config;
 use crate::quantizer::Quantized;
 use crate::vit;
@@ -28,7 +31,7 @@ use crate::weights::Loader;
 pub(crate) trait Inference: Send + Sync {
     /// `[B, 3, H, W]` to features `[B, N, D]`.
     fn encode(&self, pixels: &Tensor) -> Result<Tensor>;
-    /// `[B, 3, H, W]` to depth + 1 hidden states `[B, P + N, D]`.
+    /// `[B, 3, H, W]` to the hidden states `[B, P + N, D]`, one more than blocks.
     fn hidden_states(&self, pixels: &Tensor) -> Result<Vec<Tensor>>;
     /// `[B, 3, H, W]` to codes u32 `[B, h·w]`, with C > 1 codes a token `[B, h·w, C]`.
     fn encode_to_indices(&self, pixels: &Tensor) -> Result<Tensor>;
@@ -48,6 +51,8 @@ pub(crate) struct Network<T> {
     config: Config,
     isa: Isa,
     encoder: OnceLock<Encoder<T>>,
+    fusion: OnceLock<Option<Fusion<T>>>,
+    latent: OnceLock<Option<(Latent, Rows)>>,
     quantizer: OnceLock<Quantizer<T>>,
     decoder: OnceLock<Decoder<T>>,
 }
@@ -55,8 +60,8 @@ pub(crate) struct Network<T> {
 impl<T: Element> Network<T> {
     /// A network whose names and shapes were checked before.
     pub(crate) fn new(loader: Loader, config: Config, isa: Isa) -> Self {
-        let (encoder, quantizer, decoder) = Default::default();
-        Self { loader, config, isa, encoder, quantizer, decoder }
+        let (encoder, fusion, latent, quantizer, decoder) = Default::default();
+        Self { loader, config, isa, encoder, fusion, latent, quantizer, decoder }
     }
 
     fn encoder(&self) -> Result<&Encoder<T>> {
@@ -64,9 +69,27 @@ impl<T: Element> Network<T> {
         once(&self.encoder, || Encoder::load(vb(), &self.config.encoder, self.isa))
     }
 
+    fn fusion(&self) -> Result<Option<&Fusion<T>>> {
+        let vb = || self.loader.builder(DType::F32, &Device::Cpu).pp("fusion");
+        let load = |fuse| Fusion::load(vb(), fuse, self.config.encoder.width(), self.isa);
+        let fusion = once(&self.fusion, || self.config.encoder.features().fuse().map(load).transpose())?;
+        Ok(fusion.as_ref())
+    }
+
+    fn latent(&self) -> Result<Option<&(Latent, Rows)>> {
+        let vb = || self.loader.builder(DType::F32, &Device::Cpu).pp("latent");
+        let (grid, width) = (self.config.encoder.grid(), self.config.encoder.width());
+        let load = |config| {
+            let latent = Latent::load(vb(), config, grid, width)?;
+            let rows = latent.rows()?;
+            Ok::<_, candle_core::Error>((latent, rows))
+        };
+        Ok(once(&self.latent, || self.config.latent.map(load).transpose())?.as_ref())
+    }
+
     fn quantizer(&self) -> Result<&Quantizer<T>> {
         let vb = || self.loader.builder(DType::F32, &Device::Cpu).pp("quantizer");
-        let width_out = self.config.decoder.sizes(&self.config.encoder).width_in();
+        let width_out = self.config.width_out();
         let width_in = self.config.encoder.width();
         once(&self.quantizer, || Quantizer::load(vb(), &self.config.quantizer, width_in, width_out, self.isa))
     }
@@ -77,12 +100,8 @@ impl<T: Element> Network<T> {
         once(&self.decoder, || Decoder::load(vb(), &sizes, self.isa))
     }
 
-    /// Runs `each` on the features of every image, before the final norm.
-    fn each_image<R: Send>(
-        &self,
-        pixels: &Tensor,
-        each: impl Fn(&Encoder<T>, &Matrix<f32>) -> Result<R> + Sync,
-    ) -> Result<Vec<R>> {
+    /// Runs `each` on the states of every image.
+    fn each_image<R: Send>(&self, pixels: &Tensor, each: impl Fn(&Encoder<T>, &States) -> R + Sync) -> Result<Vec<R>> {
         let (_, channels, height, width) = pixels.dims4()?;
         if channels != 3 {
             candle_core::bail!("pixels have {channels} channels, expected: 3");
@@ -91,7 +110,7 @@ impl<T: Element> Network<T> {
         let encoder = self.encoder()?;
         let positions = encoder.positions(grid)?;
         let run = |pixels: &[f32]| each(encoder, &encoder.run(pixels, grid, &positions, |_| ()));
-        array(pixels)?.par_chunks(3 * height * width).map(run).collect()
+        Ok(array(pixels)?.par_chunks(3 * height * width).map(run).collect())
     }
 
     /// The pixels of several images, from the tokens that `tokens` gives for each.
@@ -102,6 +121,15 @@ impl<T: Element> Network<T> {
         tokens: impl Fn(usize) -> Matrix<f32> + Sync,
     ) -> Result<Tensor> {
         let decoder = self.decoder()?;
+        let latent = self.latent()?.filter(|(latent, _)| latent.denormalizes());
+        latent.map_or(Ok(()), |(latent, _)| latent.check_grid(grid))?;
+        let tokens = |i: usize| {
+            let mut tokens = tokens(i);
+            if let Some((_, rows)) = latent {
+                (0..tokens.rows()).for_each(|i| rows.denormalize(i, tokens.row_mut(i)));
+            }
+            tokens
+        };
         let positions = decoder.positions(grid)?;
         let (height, width) = (grid.0 * decoder.patch(), grid.1 * decoder.patch());
         let mut pixels = vec![0f32; images * 3 * height * width];
@@ -122,10 +150,20 @@ fn once<V>(cell: &OnceLock<V>, load: impl FnOnce() -> Result<V>) -> Result<&V> {
     Ok(cell.get_or_init(|| value))
 }
 
+/// The features `[N, D]` of one image.
+fn features<T: Element, O: Element>(encoder: &Encoder<T>, fusion: Option<&Fusion<T>>, states: &States) -> Matrix<O> {
+    match (&states.shallow, fusion) {
+        (Some(shallow), Some(fusion)) => narrowed(&fusion.run(shallow, encoder.finish(states))),
+        _ => encoder.finish(states),
+    }
+}
+
 impl<T: Element> Inference for Network<T> {
     fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
         let (b, n) = (pixels.dim(0)?, self.tokens(pixels)?);
-        let features = self.each_image(pixels, |encoder, x| Ok(encoder.finish::<f32>(x).to_vec()))?;
+        let fusion = self.fusion()?;
+        let features =
+            self.each_image(pixels, |encoder, states| features::<T, f32>(encoder, fusion, states).to_vec())?;
         tensor(features.concat(), &[b, n, self.config.encoder.width()])
     }
 
@@ -134,7 +172,7 @@ impl<T: Element> Inference for Network<T> {
         let grid = vit::grid(height, width, self.config.encoder.patch())?;
         let encoder = self.encoder()?;
         let positions = encoder.positions(grid)?;
-        let mut states: Vec<Vec<f32>> = vec![Vec::new(); self.config.encoder.vit().depth + 1];
+        let mut states: Vec<Vec<f32>> = vec![Vec::new(); self.config.encoder.layout().blocks().depth + 1];
         for pixels in array(pixels)?.chunks(3 * height * width) {
             let mut layer = states.iter_mut();
             encoder.run(pixels, grid, &positions, |x| {
@@ -146,16 +184,27 @@ impl<T: Element> Inference for Network<T> {
     }
 
     fn encode_to_indices(&self, pixels: &Tensor) -> Result<Tensor> {
-        let quantizer = self.quantizer()?;
-        let projected = self.each_image(pixels, |encoder, x| Ok(quantizer.project(&encoder.finish(x))))?;
+        // Read before the images go their own ways, so that no two of them read the same.
+        let (fusion, latent, quantizer) = (self.fusion()?, self.latent()?, self.quantizer()?);
+        if let Some((latent, _)) = latent {
+            let (_, _, height, width) = pixels.dims4()?;
+            latent.check_grid(vit::grid(height, width, self.config.encoder.patch())?)?;
+        }
+        let projected = self.each_image(pixels, |encoder, states| {
+            let Some((_, rows)) = latent else { return quantizer.project(&features(encoder, fusion, states)) };
+            let mut features: Matrix<f32> = features(encoder, fusion, states);
+            (0..features.rows()).for_each(|i| rows.normalize(i, features.row_mut(i)));
+            quantizer.project(&narrowed(&features))
+        })?;
         quantizer.indices(projected.concat(), projected.len())
     }
 
     fn quantize(&self, features: &Tensor) -> Result<Quantized> {
         let (b, n, d) = features.dims3()?;
         let quantizer = self.quantizer()?;
+        let normalized = self.latent()?.map(|(latent, _)| latent.normalize(features)).transpose()?;
         let mut projected = Vec::new();
-        for image in array(features)?.chunks(n * d) {
+        for image in array(normalized.as_ref().unwrap_or(features))?.chunks(n * d) {
             let mut x = Matrix::<T>::new(n, d);
             image.chunks_exact(d).enumerate().for_each(|(i, row)| x.set_row(i, row));
             projected.extend(quantizer.project(&x));
@@ -164,8 +213,7 @@ impl<T: Element> Inference for Network<T> {
         let vectors = array(&quantized.tokens)?;
         let images = vectors.chunks((vectors.len() / b.max(1)).max(1));
         let tokens: Vec<f32> = images.flat_map(|vectors| quantizer.finish(vectors).to_vec()).collect();
-        let width_out = self.config.decoder.sizes(&self.config.encoder).width_in();
-        Ok(Quantized { tokens: tensor(tokens, &[b, n, width_out])?, ..quantized })
+        Ok(Quantized { tokens: tensor(tokens, &[b, n, self.config.width_out()])?, ..quantized })
     }
 
     fn decode_from_indices(&self, indices: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
@@ -178,8 +226,7 @@ impl<T: Element> Inference for Network<T> {
 
     fn decode(&self, tokens: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
         let (b, n, d) = tokens.dims3()?;
-        let sizes = self.config.decoder.sizes(&self.config.encoder);
-        if n != grid.0 * grid.1 || d != sizes.width_in() {
+        if n != grid.0 * grid.1 || d != self.config.width_out() {
             candle_core::bail!("tokens {:?} do not fit a grid of {}×{}", tokens.dims(), grid.0, grid.1);
         }
         let tokens = array(tokens)?;

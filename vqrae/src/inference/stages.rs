@@ -12,6 +12,14 @@ use crate::quantizer::{Bottleneck, Quantized};
 use crate::vit::Positions;
 use crate::{decoder, encoder, ops, quantizer};
 
+/// What an encoder's features are made of.
+pub(super) struct States {
+    /// The shallow state `[N, D]`, where two become one.
+    pub(super) shallow: Option<Matrix<f32>>,
+    /// The state, or the sum of several, before the final norm, `[N, D]`.
+    deep: Matrix<f32>,
+}
+
 /// Pixels to features.
 pub(super) struct Encoder<T> {
     patch_embedding: Linear<T>,
@@ -33,7 +41,7 @@ impl<T: Element> Encoder<T> {
             patch_embedding: Linear::of(&embedding.weight, Some(&embedding.bias), isa)?,
             position_embedding: parts.position_embedding,
             prefix_tokens: parts.prefix_tokens.as_ref().map(values).transpose()?.unwrap_or_default(),
-            blocks: Vit::load(blocks, &layout.vit, isa)?,
+            blocks: Vit::load(blocks, &layout.blocks(), isa)?,
             norm: parts.post_layernorm.as_ref().map(Norm::of).transpose()?,
             layout,
         })
@@ -44,7 +52,7 @@ impl<T: Element> Encoder<T> {
         values(&self.position_embedding.at(grid)?)
     }
 
-    /// The features of one image before the final norm, `[N, D]`; `seen` is shown every hidden state, `[P + N, D]`.
+    /// The states of one image that its features are made of; `seen` is shown every hidden state, `[P + N, D]`.
     ///
     /// # Shapes
     /// - pixels: `[3, h·P, w·P]`
@@ -55,7 +63,7 @@ impl<T: Element> Encoder<T> {
         grid: (usize, usize),
         positions: &[f32],
         mut seen: impl FnMut(&Matrix<f32>),
-    ) -> Matrix<f32> {
+    ) -> States {
         let (n, d, prefix) = (grid.0 * grid.1, self.patch_embedding.width(), self.layout.prefix);
         let mut tokens = Matrix::new(n, d);
         positions.chunks_exact(d).enumerate().for_each(|(i, row)| tokens.set_row(i, row));
@@ -67,12 +75,17 @@ impl<T: Element> Encoder<T> {
             (0..n).for_each(|i| x.set_row(prefix + i, tokens.row(i)));
         }
         // What is summed: the last state alone, or more of them.
-        let first = self.layout.features.first_state(self.layout.vit.depth);
+        let (blocks, features) = (self.layout.blocks().depth, self.layout.features);
+        let first = features.first_state(blocks);
         let mut sum: Option<Matrix<f32>> = None;
+        let mut shallow = None;
         let mut state = 0;
         self.blocks.run(&mut x, |x| {
             seen(x);
-            if state >= first && first < self.layout.vit.depth {
+            if features.fuse().is_some_and(|fuse| fuse.shallow == state) {
+                shallow = Some(self.patches(x));
+            }
+            if state >= first && first < blocks {
                 match &mut sum {
                     Some(sum) => sum.add(x),
                     None => sum = Some(x.clone()),
@@ -81,23 +94,36 @@ impl<T: Element> Encoder<T> {
             state += 1;
         });
         let x = sum.unwrap_or(x);
-        if prefix == 0 {
-            return x;
-        }
-        let mut features = Matrix::new(n, d);
-        (0..n).for_each(|i| features.set_row(i, x.row(prefix + i)));
-        features
+        States { shallow, deep: if prefix == 0 { x } else { self.patches(&x) } }
+    }
+
+    /// The tokens of the patches alone.
+    fn patches(&self, x: &Matrix<f32>) -> Matrix<f32> {
+        let (n, prefix) = (x.rows() - self.layout.prefix, self.layout.prefix);
+        let mut patches = Matrix::new(n, x.columns());
+        (0..n).for_each(|i| patches.set_row(i, x.row(prefix + i)));
+        patches
     }
 
     /// What follows the last block.
-    pub(super) fn finish<O: Element>(&self, x: &Matrix<f32>) -> Matrix<O> {
-        let mut out = Matrix::new(x.rows(), x.columns());
+    pub(super) fn finish<O: Element>(&self, states: &States) -> Matrix<O> {
+        let x = &states.deep;
         match &self.norm {
-            Some(norm) => norm.run(x, &mut out),
-            None => (0..x.rows()).for_each(|i| out.set_row(i, x.row(i))),
+            Some(norm) => {
+                let mut out = Matrix::new(x.rows(), x.columns());
+                norm.run(x, &mut out);
+                out
+            }
+            None => narrowed(x),
         }
-        out
     }
+}
+
+/// The same numbers, rounded to others.
+pub(super) fn narrowed<O: Element>(x: &Matrix<f32>) -> Matrix<O> {
+    let mut out = Matrix::new(x.rows(), x.columns());
+    (0..x.rows()).for_each(|i| out.set_row(i, x.row(i)));
+    out
 }
 
 /// The patches of an image, `[h·w, 3·p·p]`, channel first within a patch, as a convolution's weight is.

@@ -1,6 +1,6 @@
 //! The norms of a transformer: layer norm, or root mean square.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::LayerNorm;
@@ -27,6 +27,12 @@ impl Norm {
         } else {
             LayerNorm::load(vb, d, eps).map(Self::Layer)
         }
+    }
+
+    /// A layer norm without parameters.
+    pub fn plain(d: usize, eps: f64, dtype: DType, device: &Device) -> Result<Self> {
+        let (weight, bias) = (Tensor::ones(d, dtype, device)?, Tensor::zeros(d, dtype, device)?);
+        Ok(Self::Layer(LayerNorm { weight, bias, eps }))
     }
 
     /// `[…, D]` to `[…, D]`.

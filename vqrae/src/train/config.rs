@@ -12,9 +12,10 @@ use super::schedule::Rate;
 use super::{Event, Observer, start};
 use crate::error::{Error, Result};
 use crate::image::{Preprocessor, Resample, ResizeMode};
+use crate::init::Wishes;
 use crate::model::{self, fresh_tensors};
 use crate::weights::{self, Tensors};
-use crate::{decoder, encoder, quantizer};
+use crate::{decoder, encoder, latent, quantizer, recipe};
 
 /// The whole of a run's settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,7 +33,7 @@ pub struct Config {
     pub optimizer: optimizer::Config,
     /// Learning rates.
     pub groups: Groups,
-    /// The model; when it starts from a folder and this section is missing, the folder's.
+    /// The model; when a run starts from a folder, the folder's.
     pub model: Model,
 }
 
@@ -63,19 +64,23 @@ pub struct Model {
     /// The decoder; what is not said mirrors the encoder.
     #[serde(default)]
     pub decoder: decoder::Config,
+    /// The normalisation of features before the quantizer, whose statistics a start from a folder has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latent: Option<latent::Config>,
 }
 
 impl Model {
     fn of_folder(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let model::Config { encoder, quantizer, decoder, .. } = model::Config::from_json(&text, &path)?;
-        Ok(Self { encoder, quantizer, decoder })
+        let model::Config { encoder, quantizer, decoder, latent, .. } = model::Config::from_json(&text, &path)?;
+        Ok(Self { encoder, quantizer, decoder, latent })
     }
 
     /// As `config.json` has it.
     pub fn config(&self) -> model::Config {
-        model::Config::new(self.encoder.clone(), self.quantizer.clone(), self.decoder.clone())
+        let (encoder, quantizer, decoder) = (self.encoder.clone(), self.quantizer.clone(), self.decoder.clone());
+        model::Config { latent: self.latent, ..model::Config::new(encoder, quantizer, decoder) }
     }
 }
 
@@ -141,7 +146,7 @@ impl Run {
 pub struct Groups {
     /// Of `encoder.…`; stage 1 of the paper has zero.
     pub encoder: Rate,
-    /// Of `quantizer.…`.
+    /// Of `quantizer.…` and `fusion.…`, which is trained where the encoder is frozen.
     pub quantizer: Rate,
     /// Of `decoder.…`.
     pub decoder: Rate,
@@ -152,22 +157,24 @@ impl Groups {
     pub fn of(&self, name: &str) -> Rate {
         match name.split('.').next() {
             Some("encoder") => self.encoder,
-            Some("quantizer") => self.quantizer,
+            Some("quantizer" | "fusion") => self.quantizer,
             _ => self.decoder,
         }
     }
 }
 
 impl Config {
-    /// Reads a TOML file and applies overrides such as `train.steps=200`.
+    /// Reads a TOML file and applies overrides such as `train.steps=200`. Where a run starts from a folder, the file may
+    /// leave the model to the folder, or have the [`Wishes`] that the folder was made with.
     pub fn read(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        let mut table: toml::Table = text.parse().map_err(|e| Error::config(path, e))?;
-        for wish in overrides {
-            set(&mut table, wish).map_err(|reason| Error::config(path, reason))?;
-        }
-        if let (false, Some(folder)) = (table.contains_key("model"), start_folder(&table)) {
-            let model = toml::Value::try_from(Model::of_folder(&folder)?).map_err(|e| Error::config(path, e))?;
+        let mut table = recipe::read(path, overrides)?;
+        if let Some(folder) = start_folder(&table).filter(|_| !is_whole(table.get("model"))) {
+            let model = Model::of_folder(&folder)?;
+            if let Some(wishes) = table.get("model") {
+                let wishes = Wishes::of(wishes).map_err(|reason| Error::config(path, reason))?;
+                wishes.check(&model.config()).map_err(|key| other_folder(&folder, key, path))?;
+            }
+            let model = toml::Value::try_from(model).map_err(|e| Error::config(path, e))?;
             table.insert("model".to_string(), model);
         }
         let config: Self = toml::Value::Table(table).try_into().map_err(|e| Error::config(path, e))?;
@@ -177,6 +184,11 @@ impl Config {
 
     fn check(&self) -> std::result::Result<(), String> {
         self.model.config().check()?;
+        if self.model.latent.is_some() && !matches!(self.start, Start::Folder { .. }) {
+            return Err("model.latent needs statistics; set start.from = \"folder\", a folder that `init` made with \
+                        --latent-statistics"
+                .to_string());
+        }
         let (train, optimizer) = (&self.train, &self.optimizer);
         if train.batch_size == 0 || train.batch_size > 1 << 16 {
             return Err(format!("train.batch_size is {}, expected: 1 to 65536", train.batch_size));
@@ -203,7 +215,7 @@ impl Config {
     ) -> Result<(model::Config, Preprocessor, Tensors)> {
         let config = self.model.config();
         let mut preprocessor = Preprocessor::siglip(self.model.encoder.image_size(), Resample::Bicubic);
-        preprocessor.resize_mode = self.train.resize_mode;
+        preprocessor = preprocessor.by(self.train.resize_mode, self.model.encoder.patch());
         if let Start::Folder { path } = &self.start {
             if Model::of_folder(path)? != self.model {
                 return Err(Error::config(path, "its config.json differs from the run's [model] section"));
@@ -243,33 +255,14 @@ fn start_folder(table: &toml::Table) -> Option<PathBuf> {
     folder.then(|| start.get("path")?.as_str().map(PathBuf::from))?
 }
 
-/// Applies `a.b.c=value`; the value is TOML, or a bare word.
-fn set(table: &mut toml::Table, wish: &str) -> std::result::Result<(), String> {
-    let (key, value) = wish.split_once('=').ok_or_else(|| format!("--set {wish}: expected: key=value"))?;
-    let parsed = format!("v = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("v"));
-    let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_string()));
-    let mut path: Vec<&str> = key.split('.').collect();
-    let last = path.pop().unwrap_or(key);
-    let mut at = table;
-    for part in path {
-        let entry = at.entry(part).or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        at = entry.as_table_mut().ok_or_else(|| format!("--set {wish}: `{part}` is not a section"))?;
-    }
-    at.insert(last.to_string(), value);
-    Ok(())
+/// Whether a `model` section says all of a model, and not only what is wished of a new one.
+fn is_whole(model: Option<&toml::Value>) -> bool {
+    model.and_then(|model| model.get("encoder")?.get("model_type")).is_some()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn overrides_reach_nested_keys() {
-        let mut table: toml::Table = "[train]\nsteps = 1".parse().unwrap();
-        set(&mut table, "train.steps=20").unwrap();
-        set(&mut table, "train.save_dtype=f16").unwrap();
-        assert_eq!(table["train"]["steps"].as_integer(), Some(20));
-        assert_eq!(table["train"]["save_dtype"].as_str(), Some("f16"));
-        assert!(set(&mut table, "train").is_err());
-    }
+fn other_folder(folder: &Path, key: &str, recipe: &Path) -> Error {
+    let recipe = recipe.display();
+    let reason =
+        format!("its `{key}` is not that of {recipe}; make the folder with `vqrae-cli init --config {recipe}`");
+    Error::config(folder.join("config.json"), reason)
 }

@@ -10,6 +10,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::error::{Error, Result};
 use crate::image::{self, Limits, Preprocessor, ResizeMode, Rgb};
+use crate::{model, vit};
 
 /// Photos in a folder (with its folders) or a tar.
 #[derive(Debug)]
@@ -135,11 +136,57 @@ pub(super) fn generator(seed: u64, purpose: &str, index: usize) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(*hasher.finalize().as_bytes())
 }
 
+/// The sizes (height, width) of what the encoder is given and of what the decoder is to paint. They differ where a token
+/// paints another patch than it came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// The encoder's.
+    pub input: (usize, usize),
+    /// The decoder's.
+    pub target: (usize, usize),
+}
+
+impl Sizes {
+    /// For images of `input` pixels.
+    ///
+    /// # Errors
+    /// If they do not divide into the encoder's patches.
+    pub fn of(input: (usize, usize), config: &model::Config) -> Result<Self> {
+        let (h, w) = vit::grid(input.0, input.1, config.encoder.patch())?;
+        let patch = config.decoder.sizes(&config.encoder).patch;
+        Ok(Self { input, target: (h * patch, w * patch) })
+    }
+
+    /// The larger one, which crops have.
+    pub fn crop(&self) -> (usize, usize) {
+        self.input.max(self.target)
+    }
+
+    /// Both views of one crop, resampled as `preprocessor` does.
+    pub fn views(&self, crop: Rgb, preprocessor: &Preprocessor) -> std::result::Result<Views, image::ErrorKind> {
+        let view = |size: (usize, usize)| match size == self.crop() {
+            true => Ok(crop.clone()),
+            false => Preprocessor { size, resize_mode: ResizeMode::Squash, ..preprocessor.clone() }.prepare(&crop),
+        };
+        Ok(Views { input: view(self.input)?, target: view(self.target)? })
+    }
+}
+
+/// A crop as the encoder is given it and as the decoder is to paint it.
+#[derive(Debug, Clone)]
+pub struct Views {
+    /// The encoder's.
+    pub input: Rgb,
+    /// The decoder's.
+    pub target: Rgb,
+}
+
 /// Random crops, half of them mirrored, of a [`Photos`].
 #[derive(Debug)]
 pub struct Crops<'a> {
     photos: &'a Photos,
     preprocessor: &'a Preprocessor,
+    sizes: Sizes,
     order: Order,
 }
 
@@ -150,29 +197,43 @@ pub struct Skipped {
     pub reason: String,
 }
 
+/// Several crops, normalised.
+#[derive(Debug, Clone, Default)]
+pub struct Batch {
+    /// For the encoder, `[B, 3, H, W]` in one vector.
+    pub inputs: Vec<f32>,
+    /// For the decoder to paint, `[B, 3, H', W']`; empty where its size is the encoder's, for these are then the inputs.
+    pub targets: Vec<f32>,
+    /// Photos that could not be used.
+    pub skipped: Vec<Skipped>,
+}
+
 impl<'a> Crops<'a> {
-    /// Crops of the preprocessor's size.
-    pub fn new(photos: &'a Photos, preprocessor: &'a Preprocessor, seed: u64) -> Self {
-        Self { photos, preprocessor, order: Order { seed, epoch: None, photos: Vec::new() } }
+    /// Crops of these sizes.
+    pub fn new(photos: &'a Photos, preprocessor: &'a Preprocessor, sizes: Sizes, seed: u64) -> Self {
+        Self { photos, preprocessor, sizes, order: Order { seed, epoch: None, photos: Vec::new() } }
     }
 
-    /// The crops at positions `first .. first + count`, normalised, `[count, 3, H, W]` in one vector. A photo that
-    /// cannot be used is replaced by the next of the order, and told.
-    pub fn batch(&mut self, first: usize, count: usize) -> Result<(Vec<f32>, Vec<Skipped>)> {
-        let mut pixels = Vec::new();
-        let mut skipped = Vec::new();
+    /// The crops at positions `first .. first + count`. A photo that cannot be used is replaced by the next of the order,
+    /// and told.
+    pub fn batch(&mut self, first: usize, count: usize) -> Result<Batch> {
+        let mut batch = Batch::default();
         for position in first..first + count {
-            pixels.extend(self.preprocessor.normalize(&self.usable(position, &mut skipped)?));
+            let Views { input, target } = self.usable(position, &mut batch.skipped)?;
+            batch.inputs.extend(self.preprocessor.normalize(&input));
+            if self.sizes.input != self.sizes.target {
+                batch.targets.extend(self.preprocessor.normalize(&target));
+            }
         }
-        Ok((pixels, skipped))
+        Ok(batch)
     }
 
-    fn usable(&mut self, position: usize, skipped: &mut Vec<Skipped>) -> Result<Rgb> {
+    fn usable(&mut self, position: usize, skipped: &mut Vec<Skipped>) -> Result<Views> {
         for attempt in 0..self.photos.len() {
             let photo = self.photos.at(&mut self.order, position + attempt);
             let mut random = generator(self.order.seed, "crop", position);
             match self.photos.open(photo).and_then(|image| self.crop(photo, &image, &mut random)) {
-                Ok(crop) => return Ok(crop),
+                Ok(views) => return Ok(views),
                 Err(error) => skipped.push(Skipped { reason: error.to_string() }),
             }
         }
@@ -180,21 +241,22 @@ impl<'a> Crops<'a> {
     }
 
     /// The short side to the crop's, then a random window, mirrored half of the time.
-    fn crop(&self, photo: usize, image: &Rgb, random: &mut ChaCha8Rng) -> Result<Rgb> {
-        let (h, w) = self.preprocessor.size;
+    fn crop(&self, photo: usize, image: &Rgb, random: &mut ChaCha8Rng) -> Result<Views> {
+        let (h, w) = self.sizes.crop();
         let factor = (h as f64 / image.height as f64).max(w as f64 / image.width as f64);
         let scaled = |side: usize, least: usize| ((side as f64 * factor).round() as usize).max(least);
         let size = (scaled(image.height, h), scaled(image.width, w));
+        let unusable = |kind| self.photos.unusable(photo, kind);
         let image = if size == (image.height, image.width) {
             image.clone()
         } else {
             let resize = Preprocessor { size, resize_mode: ResizeMode::Squash, ..self.preprocessor.clone() };
-            resize.prepare(image).map_err(|kind| self.photos.unusable(photo, kind))?
+            resize.prepare(image).map_err(unusable)?
         };
         let top = random.random_range(0..=image.height - h);
         let left = random.random_range(0..=image.width - w);
         let mirrored = random.random::<bool>();
-        Ok(window(&image, top, left, (h, w), mirrored))
+        self.sizes.views(window(&image, top, left, (h, w), mirrored), self.preprocessor).map_err(unusable)
     }
 }
 

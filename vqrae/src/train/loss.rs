@@ -34,13 +34,6 @@ pub struct Terms {
 impl Terms {
     /// The terms for pixels and their reconstruction, `[B, 3, H, W]` each, and the quantizer's loss.
     pub fn new(weights: &Weights, pixels: &Tensor, painted: &Tensor, quantizer: Tensor) -> Result<Self> {
-        if pixels.dims() != painted.dims() {
-            candle_core::bail!(
-                "the decoder paints {:?} for pixels {:?}; train with the encoder's patch size",
-                painted.dims(),
-                pixels.dims()
-            );
-        }
         let reconstruction = (painted - pixels)?.sqr()?.mean_all()?;
         let total = ((&reconstruction * weights.reconstruction)? + (&quantizer * weights.quantizer)?)?;
         Ok(Self { total, reconstruction, quantizer })

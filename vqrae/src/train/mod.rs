@@ -33,7 +33,7 @@ use crate::model::{self, Network};
 use crate::quantizer;
 use crate::weights::Tensors;
 use checkpoint::State;
-use data::{Crops, Photos, Skipped};
+use data::{Batch, Crops, Photos, Sizes, Views};
 use loss::Terms;
 use optimizer::AdamW;
 
@@ -117,12 +117,14 @@ pub fn run(
     }
     std::thread::scope(|scope| {
         let (sender, batches) = mpsc::sync_channel(2);
-        let (first, preprocessor) = (trainer.state.step, trainer.preprocessor.clone());
+        let (first, preprocessor, sizes) = (trainer.state.step, trainer.preprocessor.clone(), trainer.sizes);
         let photos = &photos;
-        scope.spawn(move || feed(sender, config, photos, preprocessor, first));
+        scope.spawn(move || {
+            feed(sender, config, &mut Crops::new(photos, &preprocessor, sizes, config.train.seed), first)
+        });
         for step in first..steps {
-            let (pixels, skipped) = batches.recv().map_err(|_| Error::Training("the photos ended".into()))??;
-            let log = trainer.step(step, pixels, &skipped, tell)?;
+            let batch = batches.recv().map_err(|_| Error::Training("the photos ended".into()))??;
+            let log = trainer.step(step, batch, tell)?;
             let due = |every: usize| (every > 0 && (step + 1).is_multiple_of(every)) || step + 1 == steps;
             let stop = tell(log.as_ref().map_or(Event::Tick, Event::Step)).is_break();
             if due(config.train.validate_every) {
@@ -139,12 +141,8 @@ pub fn run(
     })
 }
 
-/// One batch: normalised pixels in one vector, and the photos that could not be used.
-type Batch = Result<(Vec<f32>, Vec<Skipped>)>;
-
 /// Decodes ahead of the steps, until nobody listens.
-fn feed(sender: mpsc::SyncSender<Batch>, config: &Config, photos: &Photos, preprocessor: Preprocessor, first: usize) {
-    let mut crops = Crops::new(photos, &preprocessor, config.train.seed);
+fn feed(sender: mpsc::SyncSender<Result<Batch>>, config: &Config, crops: &mut Crops, first: usize) {
     let size = config.train.batch_size;
     for step in first..config.train.steps {
         if sender.send(crops.batch(step * size, size)).is_err() {
@@ -157,6 +155,7 @@ struct Trainer<'a> {
     config: &'a Config,
     output: &'a Path,
     preprocessor: Preprocessor,
+    sizes: Sizes,
     network: Network,
     parameters: BTreeMap<String, Var>,
     /// The quantizer's moving averages, which no gradient moves.
@@ -201,6 +200,7 @@ impl<'a> Trainer<'a> {
             )));
         }
         let as_json = serde_json::to_value(config).map_err(|e| Error::config("config", e))?;
+        let sizes = Sizes::of(preprocessor.size, &model)?;
         let (tensors, moments, state) = match found {
             None => (start, None, State { step: 0, best: None, config: as_json }),
             Some(found) if found.state.config != as_json => return Err(other_config(&found.state.config, &as_json)),
@@ -223,7 +223,7 @@ impl<'a> Trainer<'a> {
         files::write_whole(&path, text.as_bytes()).map_err(Error::io(&path))?;
         trim_log(&output.join("log.jsonl"), state.step)?;
         let since = Since::now(no_codes(&model.quantizer));
-        Ok(Self { config, output, preprocessor, network, parameters, averages, frozen, optimizer, state, since })
+        Ok(Self { config, output, preprocessor, sizes, network, parameters, averages, frozen, optimizer, state, since })
     }
 
     /// The run's settings, before the first step.
@@ -250,20 +250,22 @@ impl<'a> Trainer<'a> {
     }
 
     /// Forward, backward, clip, step. Returns a line of the log when one is due.
-    fn step(&mut self, step: usize, pixels: Vec<f32>, skipped: &[Skipped], tell: Observer) -> Result<Option<StepLog>> {
-        for photo in skipped {
+    fn step(&mut self, step: usize, batch: Batch, tell: Observer) -> Result<Option<StepLog>> {
+        for photo in &batch.skipped {
             let _ = tell(Event::Note(&format!("skipped {}", photo.reason)));
         }
         let train = &self.config.train;
-        let (h, w) = self.preprocessor.size;
-        let pixels = Tensor::from_vec(pixels, (train.batch_size, 3, h, w), &Device::Cpu)?;
+        let (h, w) = self.sizes.input;
+        let tensor = |values, (h, w)| Tensor::from_vec(values, (train.batch_size, 3, h, w), &Device::Cpu);
+        let pixels = tensor(batch.inputs, (h, w))?;
+        let target = if batch.targets.is_empty() { pixels.clone() } else { tensor(batch.targets, self.sizes.target)? };
         if step == 0 {
             self.begin(&pixels)?;
         }
         let seed = data::generator(train.seed, "quantizer", step).next_u64();
         let quantized = self.network.quantize_in_training(&pixels, seed)?;
         let painted = self.network.paint(&quantized.tokens, self.network.grid(h, w)?, DType::F32)?;
-        let terms = Terms::new(&self.config.loss, &pixels, &painted, self.network.quantizer.loss(&quantized)?)?;
+        let terms = Terms::new(&self.config.loss, &target, &painted, self.network.quantizer.loss(&quantized)?)?;
         let scalar = |tensor: &Tensor| Ok::<f64, Error>(f64::from(tensor.to_scalar::<f32>()?));
         let loss = scalar(&terms.total)?;
         let gradients = terms.total.backward()?;
@@ -297,7 +299,7 @@ impl<'a> Trainer<'a> {
 
     /// Lets a codebook that starts from features do so.
     fn begin(&self, pixels: &Tensor) -> Result<()> {
-        let features = || self.network.encoder.forward(pixels);
+        let features = || self.network.latents(pixels);
         let mut choose = chooser(self.config.train.seed, "first codes", 0);
         self.set(self.network.quantizer.first(features, &mut choose)?)
     }
@@ -336,25 +338,27 @@ impl<'a> Trainer<'a> {
     /// Reconstructs the validation photos; the best model so far is written to `model/`.
     fn validate(&mut self, photos: Option<&Photos>, tell: Observer) -> Result<()> {
         let Some(photos) = photos else { return self.export() };
-        let centre = Preprocessor { resize_mode: ResizeMode::CenterCrop, ..self.preprocessor.clone() };
-        let (h, w) = centre.size;
+        let size = self.sizes.crop();
+        let centre = Preprocessor { resize_mode: ResizeMode::CenterCrop, size, ..self.preprocessor.clone() };
+        let ((h, w), target) = (self.sizes.input, self.sizes.target);
         let mut codes = no_codes(&self.config.model.quantizer);
         let (mut sum, mut count, mut shown) = (0.0, 0, Vec::new());
         let network = self.untracked()?;
         for index in 0..photos.len() {
-            let prepare = |image: Rgb| centre.prepare(&image).map_err(|kind| photos.unusable(index, kind));
-            let original = match photos.open(index).and_then(prepare) {
-                Ok(original) => original,
+            let views = |image: Rgb| self.sizes.views(centre.prepare(&image)?, &centre);
+            let prepare = |image: Rgb| views(image).map_err(|kind| photos.unusable(index, kind));
+            let Views { input, target: original } = match photos.open(index).and_then(prepare) {
+                Ok(views) => views,
                 Err(error) => {
                     let _ = tell(Event::Note(&format!("skipped {error}")));
                     continue;
                 }
             };
-            let pixels = Tensor::from_vec(centre.normalize(&original), (1, 3, h, w), &Device::Cpu)?;
+            let pixels = Tensor::from_vec(centre.normalize(&input), (1, 3, h, w), &Device::Cpu)?;
             let quantized = network.quantize(&pixels)?;
             let painted = network.paint(&quantized.tokens, network.grid(h, w)?, DType::F32)?;
             codes.add(&quantized.indices.flatten_all()?.to_vec1::<u32>()?);
-            let painted = centre.denormalize_to_rgb(&painted.flatten_all()?.to_vec1::<f32>()?, h, w);
+            let painted = centre.denormalize_to_rgb(&painted.flatten_all()?.to_vec1::<f32>()?, target.0, target.1);
             sum += metrics::psnr(&original, &painted).unwrap_or_default().min(100.0);
             count += 1;
             if index % photos.len().div_ceil(self.config.train.sheet_images.max(1)) == 0 {
@@ -392,8 +396,9 @@ impl<'a> Trainer<'a> {
     /// Writes `model/`, in the dtype that the config asks for.
     fn export(&self) -> Result<()> {
         let dtype = self.config.train.save_dtype()?;
-        // Sums of many features may lie beyond the range of f16.
-        let of = |name: &str| if self.averages.contains_key(name) { DType::F32 } else { dtype };
+        // Sums of many features may lie beyond the range of f16, and variances below it.
+        let wide = |name: &str| self.averages.contains_key(name) || name.starts_with("latent.");
+        let of = |name: &str| if wide(name) { DType::F32 } else { dtype };
         let cast = |(name, tensor): (String, Tensor)| {
             let tensor = tensor.to_dtype(of(&name))?;
             Ok((name, tensor))
@@ -454,7 +459,9 @@ impl Split {
         for (name, tensor) in tensors {
             let tensor = tensor.to_dtype(DType::F32)?;
             let of_quantizer = name.strip_prefix("quantizer.");
-            if groups.of(name).peak == 0.0 || of_quantizer.is_some_and(|name| model.quantizer.is_frozen(name)) {
+            let never_changes =
+                name.starts_with("latent.") || of_quantizer.is_some_and(|name| model.quantizer.is_frozen(name));
+            if never_changes || groups.of(name).peak == 0.0 {
                 frozen.insert(name.clone(), tensor);
             } else if of_quantizer.is_some_and(|name| model.quantizer.is_average(name)) {
                 averages.insert(name.clone(), Var::from_tensor(&tensor)?);

@@ -9,7 +9,7 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 use vqrae_kernels::Metric;
 
-use super::data::{Crops, Photos, generator};
+use super::data::{self, Crops, Photos, generator};
 use crate::encoder::{self, Features};
 use crate::error::{Error, Result};
 use crate::image::Preprocessor;
@@ -155,11 +155,12 @@ fn draw(n: usize, p: usize, photos: &Photos, preprocessor: &Preprocessor, seed: 
     /// Patches of one crop: few, since neighbours are alike.
     const OF_A_CROP: usize = 64;
     let (h, w) = preprocessor.size;
-    let mut crops = Crops::new(photos, preprocessor, seed);
+    let sizes = data::Sizes { input: (h, w), target: (h, w) };
+    let mut crops = Crops::new(photos, preprocessor, sizes, seed);
     let mut random = generator(seed, "patches", 0);
     let mut patches = Vec::with_capacity(n * 3 * p * p);
     for crop in 0..n.div_ceil(OF_A_CROP) {
-        let (pixels, _) = crops.batch(crop, 1)?;
+        let pixels = crops.batch(crop, 1)?.inputs;
         for _ in 0..OF_A_CROP.min(n - crop * OF_A_CROP) {
             let (top, left) = (random.random_range(0..=h - p), random.random_range(0..=w - p));
             for row in (0..3).flat_map(|c| (0..p).map(move |y| c * h * w + (top + y) * w + left)) {

@@ -62,6 +62,7 @@ fn some(names: &[&String]) -> String {
 /// | `model_type` | encoder |
 /// |---|---|
 /// | `siglip`, `siglip_vision_model` | SigLIP, SigLIP2 of a fixed size |
+/// | `siglip2`, `siglip2_vision_model` | SigLIP2 NaFlex |
 /// | `dinov2`, `dinov2_with_registers` | DINOv2 |
 /// | `internvl_vision`, `internvl`, `intern_vit_6b` | InternViT |
 /// | `vit_mae` | MAE |
@@ -104,17 +105,22 @@ fn encoder_config(path: &Path) -> Result<encoder::Config> {
     let model_type = json["model_type"].as_str().unwrap_or("(none)").to_string();
     let (ours, mut vision) = match model_type.as_str() {
         "siglip" => ("siglip_vision_model", json["vision_config"].take()),
+        "siglip2" => ("siglip2_vision_model", json["vision_config"].take()),
         "internvl" => ("internvl_vision", json["vision_config"].take()),
         "intern_vit_6b" => ("internvl_vision", authors_internvit(json)),
-        "siglip_vision_model" | "dinov2" | "dinov2_with_registers" | "internvl_vision" | "vit_mae" => {
-            (model_type.as_str(), json)
-        }
+        "siglip_vision_model"
+        | "siglip2_vision_model"
+        | "dinov2"
+        | "dinov2_with_registers"
+        | "internvl_vision"
+        | "vit_mae" => (model_type.as_str(), json),
         other => {
             return Err(Error::config(
                 path,
                 format!(
-                    "model_type is `{other}`, expected: `siglip`, `siglip_vision_model`, `dinov2`, \
-                     `dinov2_with_registers`, `internvl_vision`, `internvl`, `intern_vit_6b` or `vit_mae`"
+                    "model_type is `{other}`, expected: `siglip`, `siglip_vision_model`, `siglip2`, \
+                     `siglip2_vision_model`, `dinov2`, `dinov2_with_registers`, `internvl_vision`, `internvl`, \
+                     `intern_vit_6b` or `vit_mae`"
                 ),
             ));
         }

@@ -13,8 +13,17 @@ const PREFIXES: [&str; 7] =
     ["model.vision_tower.", "vision_tower.", "vision_model.", "dinov2.", "dinov2_with_registers.", "internvl.", "vit."];
 
 /// Tensors that a tokenizer has no use for, by the start of their names.
-const UNUSED: [&str; 8] =
-    ["embeddings.mask_token", "mask_token", "decoder", "pooler.", "head.", "fc_norm.", "classifier.", "text_model."];
+const UNUSED: [&str; 9] = [
+    "embeddings.mask_token",
+    "mask_token",
+    "decoder",
+    "pooler.",
+    "head.",
+    "fc_norm.",
+    "classifier.",
+    "text_model.",
+    "logit_",
+];
 
 /// Parts of a name outside the blocks.
 const SURROUNDINGS: [(&str, &str); 11] = [
@@ -86,8 +95,8 @@ const UP: &str = "mlp.up_proj.";
 
 /// The tensors of a tower under our names, but for the first part `encoder.`.
 ///
-/// Fused q, k and v are taken apart, a SwiGLU's two layers put together, and class token, registers and their positions
-/// become `embeddings.prefix_tokens`.
+/// Fused q, k and v are taken apart, a SwiGLU's two layers put together, class token, registers and their positions become
+/// `embeddings.prefix_tokens`, and a patch embedding that is a linear layer becomes a convolution's.
 pub(super) fn of_tower(tensors: Tensors, layout: &Layout) -> candle_core::Result<Tensors> {
     let mut ours = Tensors::new();
     for (name, tensor) in tensors {
@@ -104,6 +113,7 @@ pub(super) fn of_tower(tensors: Tensors, layout: &Layout) -> candle_core::Result
     }
     join_gates(&mut ours)?;
     join_prefix(&mut ours, layout)?;
+    convolve(&mut ours, layout.patch)?;
     Ok(ours)
 }
 
@@ -175,6 +185,20 @@ fn join_prefix(ours: &mut Tensors, layout: &Layout) -> candle_core::Result<()> {
     if !prefix.is_empty() {
         ours.insert("embeddings.prefix_tokens".to_string(), Tensor::cat(&prefix, 0)?);
     }
+    Ok(())
+}
+
+/// SigLIP2 NaFlex embeds flattened patches, `[D, p·p·3]` in the order row, column, channel; a convolution's weight is
+/// `[D, 3, p, p]`.
+fn convolve(ours: &mut Tensors, p: usize) -> candle_core::Result<()> {
+    const WEIGHT: &str = "embeddings.patch_embedding.weight";
+    let Some(weight) = ours.get(WEIGHT) else { return Ok(()) };
+    let &[d, inputs] = weight.dims() else { return Ok(()) };
+    if inputs != 3 * p * p {
+        candle_core::bail!("tensor `{WEIGHT}` takes {inputs} values a patch, expected: 3·{p}·{p}");
+    }
+    let weight = weight.reshape((d, p, p, 3))?.permute((0, 3, 1, 2))?.contiguous()?;
+    ours.insert(WEIGHT.to_string(), weight);
     Ok(())
 }
 
