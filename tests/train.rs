@@ -461,14 +461,6 @@ fn a_config_with_an_unknown_key_is_refused_by_its_name() {
 }
 
 #[test]
-fn a_decoder_that_paints_other_patches_than_the_encoders_is_refused() {
-    let bench = Bench::new();
-    let output = bench.train("run", &["--set", "start={from=\"random\"}", "--set", "model.decoder.patch_size=4"]);
-    let said = stderr(&output);
-    assert!(!output.status.success() && said.contains("paints 4×4 pixels a token and the encoder sees 8×8"), "{said}");
-}
-
-#[test]
 fn a_checkpoint_of_another_config_is_refused_and_the_key_named() {
     let bench = Bench::new();
     succeeds(&bench.train("run", &["--set", "train.steps=2"]));

@@ -192,13 +192,6 @@ impl<'a> Trainer<'a> {
         tell: Observer,
     ) -> Result<Self> {
         let (model, preprocessor, start) = config.start_model(photos, found.is_some(), tell)?;
-        let (seen, painted) = (model.encoder.patch(), model.decoder.sizes(&model.encoder).patch);
-        if seen != painted {
-            return Err(Error::Training(format!(
-                "the decoder paints {painted}×{painted} pixels a token and the encoder sees {seen}×{seen}; a loss needs images \
-                 of one size: take a decoder with patch_size = {seen}"
-            )));
-        }
         let as_json = serde_json::to_value(config).map_err(|e| Error::config("config", e))?;
         let sizes = Sizes::of(preprocessor.size, &model)?;
         let (tensors, moments, state) = match found {
