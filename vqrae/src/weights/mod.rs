@@ -44,6 +44,16 @@ pub fn read_file(path: &Path) -> Result<Tensors> {
     Store::open_file(path)?.read()
 }
 
+/// Reads one file of tensors, PyTorch's by its ending (.pt, .pth, .bin, .ckpt) and safetensors else.
+pub(crate) fn read_any(path: &Path) -> Result<Tensors> {
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    if !["pt", "pth", "bin", "ckpt"].contains(&ending) {
+        return read_file(path);
+    }
+    let file = TorchFile::open(path, None)?;
+    file.names().map(|name| Ok((name.clone(), file.tensor(name)?))).collect()
+}
+
 /// Writes tensors to `path`, whole or not at all.
 pub fn write(path: &Path, tensors: &Tensors, metadata: HashMap<String, String>) -> Result<()> {
     let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(|e| Error::weights(path, e))?;
