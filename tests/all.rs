@@ -12,6 +12,7 @@ mod invariance;
 mod model;
 mod ops;
 mod parity;
+mod perceptual;
 mod quantizers;
 mod simvq;
 mod vq;

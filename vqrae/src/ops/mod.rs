@@ -13,19 +13,25 @@
 mod attention;
 pub mod composed;
 mod conv;
+mod depthwise;
 mod gelu;
 mod layer_norm;
 mod linear;
 mod norm;
 mod pool;
+mod unit_distance;
+mod window;
 
 pub use attention::attention;
-pub use conv::{Conv2d, Window, conv2d};
-pub use gelu::gelu;
+pub use conv::{Conv2d, conv2d, conv2d_relu};
+pub use depthwise::depthwise_conv2d;
+pub use gelu::{gelu, gelu_erf};
 pub use layer_norm::{LayerNorm, layer_norm};
 pub use linear::{Linear, linear};
 pub use norm::Norm;
 pub use pool::max_pool2d;
+pub use unit_distance::unit_distance;
+pub use window::Window;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
 
