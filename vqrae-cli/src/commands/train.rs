@@ -41,7 +41,9 @@ pub(crate) struct Args {
 const EXAMPLES: &str = "\
 Examples:
   vqrae-cli train --config train.toml --data photos --output-dir run
-  vqrae-cli train --config train.toml --data photos --val held-out --output-dir run --set train.steps=200";
+  vqrae-cli train --config train.toml --data photos --val held-out --output-dir run --set train.steps=200
+  vqrae-cli train --config train.toml --data photos --output-dir run \\
+    --set 'loss.perceptual={ weight = 1.0, weights = \"lpips_vgg16.safetensors\" }'";
 
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
 enum Resume {
