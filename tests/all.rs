@@ -14,6 +14,7 @@ mod model;
 mod ops;
 mod pairs;
 mod parity;
+mod perceptual;
 mod quantizers;
 mod simvq;
 mod vq;

@@ -1,10 +1,10 @@
 //! Every fused op against its plain sibling in f64: values and gradients, in shapes that fill no block evenly.
 
 use candle_core::{Result, Var};
-use vqrae::ops::{self, composed};
+use vqrae::ops::{self, Window, composed};
 use vqrae::{DType, Tensor};
 
-use crate::compare::{PARITY, Tolerance, assert_close, noise, say};
+use crate::compare::{PARITY, Tolerance, assert_close, assert_same_bits, noise, say};
 
 const CLOSE: Tolerance = Tolerance { relative: 1e-5, absolute: 1e-6 };
 
@@ -61,6 +61,119 @@ fn linear_takes_a_transposed_input() {
 }
 
 #[test]
+fn conv2d_equals_its_plain_sibling() {
+    // x, weight, stride, padding: one and several pieces, one and several blocks of channels, every way back.
+    for (x, weight, stride, padding) in [
+        ([1, 1, 1, 1], [1, 1, 1, 1], 1, 0),
+        ([2, 3, 7, 9], [5, 3, 3, 3], 1, 1),
+        ([2, 60, 40, 30], [6, 60, 3, 3], 1, 1),
+        ([1, 2, 6, 5], [3, 2, 5, 5], 1, 2),
+        ([2, 7, 30, 31], [4, 7, 1, 1], 1, 0),
+        ([1, 3, 6, 6], [2, 3, 1, 1], 1, 1),
+        ([2, 3, 35, 35], [5, 3, 11, 11], 4, 2),
+        ([2, 5, 12, 12], [6, 5, 4, 4], 4, 0),
+        ([1, 4, 9, 9], [3, 4, 2, 2], 2, 0),
+        ([1, 3, 8, 8], [2, 3, 4, 4], 2, 1),
+        ([1, 2, 3, 600], [2, 2, 3, 3], 1, 1),
+    ] {
+        let inputs = [("x", noise("x", &x)), ("weight", noise("w", &weight)), ("bias", noise("b", &weight[..1]))];
+        let window = Window { stride, padding };
+        assert_siblings(
+            &format!("conv2d {x:?} by {weight:?}, {window:?}"),
+            &inputs,
+            |x| ops::conv2d(&x[0], &x[1], Some(&x[2]), window),
+            |x| composed::conv2d(&x[0], &x[1], Some(&x[2]), window),
+        );
+    }
+}
+
+#[test]
+fn conv2d_relu_equals_its_plain_sibling() {
+    let window = Window { stride: 1, padding: 1 };
+    assert_siblings(
+        "conv2d_relu",
+        &[("x", noise("x", &[2, 3, 12, 9])), ("weight", noise("w", &[5, 3, 3, 3])), ("bias", noise("b", &[5]))],
+        |x| ops::conv2d_relu(&x[0], &x[1], Some(&x[2]), window),
+        |x| composed::conv2d(&x[0], &x[1], Some(&x[2]), window)?.relu(),
+    );
+}
+
+#[test]
+fn depthwise_conv2d_equals_its_plain_sibling() {
+    for (x, kernel, stride, padding) in
+        [([2, 5, 9, 11], 7, 1, 3), ([1, 3, 3, 2], 7, 1, 3), ([2, 4, 17, 17], 4, 2, 1), ([1, 2, 40, 40], 3, 1, 0)]
+    {
+        let weight = noise("w", &[x[1], 1, kernel, kernel]);
+        let window = Window { stride, padding };
+        assert_siblings(
+            &format!("depthwise_conv2d {x:?} by {kernel}, {window:?}"),
+            &[("x", noise("x", &x)), ("weight", weight), ("bias", noise("b", &x[1..2]))],
+            |x| ops::depthwise_conv2d(&x[0], &x[1], Some(&x[2]), window),
+            |x| composed::depthwise_conv2d(&x[0], &x[1], Some(&x[2]), window),
+        );
+    }
+}
+
+#[test]
+fn unit_distance_equals_its_plain_sibling() {
+    const EPS: f64 = 1e-10;
+    let weight = noise("w", &[5]).abs().unwrap();
+    for shape in [[1, 5, 1, 1], [2, 5, 7, 9], [2, 5, 40, 53]] {
+        assert_siblings(
+            &format!("unit_distance {shape:?}"),
+            &[("x", noise("x", &shape)), ("y", noise("y", &shape))],
+            |x| ops::unit_distance(&x[0], &x[1], &weight, EPS),
+            |x| composed::unit_distance(&x[0], &x[1], &weight.to_dtype(x[0].dtype())?, EPS),
+        );
+    }
+}
+
+#[test]
+fn a_pixel_of_zeros_has_no_gradient_rather_than_not_a_number() {
+    let (weight, y) = (noise("w", &[3]).abs().unwrap(), noise("y", &[1, 3, 2, 2]));
+    for op in [ops::unit_distance, composed::unit_distance] {
+        let x = Var::zeros((1, 3, 2, 2), DType::F32, &vqrae::Device::Cpu).unwrap();
+        let grads = op(&x, &x, &weight, 1e-10).unwrap().backward().unwrap();
+        assert_same_bits("gradient", grads.get(&x).unwrap(), &x.zeros_like().unwrap());
+        let grads = op(&x, &y, &weight, 1e-10).unwrap().backward().unwrap();
+        assert_same_bits("gradient", grads.get(&x).unwrap(), &x.zeros_like().unwrap());
+    }
+}
+
+#[test]
+fn conv2d_gives_an_image_the_same_bits_alone_and_in_a_batch() {
+    let (x, weight) = (noise("x", &[3, 20, 33, 29]), noise("w", &[9, 20, 3, 3]));
+    for (stride, padding) in [(1, 1), (2, 1)] {
+        let run = |x: &Tensor| {
+            let x = Var::from_tensor(x).unwrap();
+            let out = ops::conv2d(&x, &weight, None, Window { stride, padding }).unwrap();
+            let grads = out.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            (out, grads.get(&x).unwrap().clone())
+        };
+        let (out, grad) = run(&x);
+        for i in 0..3 {
+            let (alone, alone_grad) = run(&x.narrow(0, i, 1).unwrap());
+            assert_same_bits("output", &out.narrow(0, i, 1).unwrap(), &alone);
+            assert_same_bits("gradient", &grad.narrow(0, i, 1).unwrap(), &alone_grad);
+        }
+    }
+}
+
+#[test]
+fn max_pool2d_equals_its_plain_sibling() {
+    for (shape, kernel, stride) in
+        [([1, 1, 1, 1], 1, 1), ([2, 3, 8, 6], 2, 2), ([2, 3, 9, 7], 2, 2), ([1, 2, 13, 12], 3, 2), ([1, 2, 5, 5], 3, 1)]
+    {
+        assert_siblings(
+            &format!("max_pool2d {shape:?}, {kernel} pixels at a stride of {stride}"),
+            &[("x", noise("x", &shape))],
+            |x| ops::max_pool2d(&x[0], kernel, stride),
+            |x| composed::max_pool2d(&x[0], kernel, stride),
+        );
+    }
+}
+
+#[test]
 fn layer_norm_equals_its_plain_sibling() {
     const EPS: f64 = 1e-6;
     for shape in [[1, 1, 3], [2, 7, 5], [1, 130, 33], [3, 65, 72]] {
@@ -83,6 +196,12 @@ fn gelu_equals_its_plain_sibling() {
         let inputs = [("x", (noise("x", &shape) * spread).unwrap())];
         assert_siblings(&format!("gelu {shape:?}"), &inputs, |x| ops::gelu(&x[0]), |x| composed::gelu(&x[0]));
     }
+}
+
+#[test]
+fn gelu_erf_equals_its_plain_sibling() {
+    let inputs = [("x", (noise("x", &[3, 7, 500]) * 2.0).unwrap())];
+    assert_siblings("gelu_erf", &inputs, |x| ops::gelu_erf(&x[0]), |x| x[0].gelu_erf());
 }
 
 #[test]
@@ -125,6 +244,7 @@ fn attention_survives_scores_that_overflow_exp() {
 #[test]
 fn ops_refuse_shapes_that_do_not_fit() {
     let x = noise("x", &[2, 4, 6]);
+    let image = noise("image", &[1, 3, 5, 5]);
     let refused = [
         ops::linear(&x, &noise("w", &[3, 5]), &noise("b", &[3])),
         ops::linear(&x, &noise("w", &[3, 6]), &noise("b", &[4])),
@@ -133,6 +253,17 @@ fn ops_refuse_shapes_that_do_not_fit() {
         ops::attention(&x, &x, &x, 4),
         ops::attention(&x, &x, &x, 0),
         ops::attention(&x, &noise("k", &[2, 5, 6]), &x, 2),
+        ops::conv2d(&image, &noise("w", &[2, 4, 3, 3]), None, Window::default()),
+        ops::conv2d(&image, &noise("w", &[2, 3, 6, 6]), None, Window::default()),
+        ops::conv2d(&image, &noise("w", &[2, 3, 3, 3]), Some(&noise("b", &[3])), Window::default()),
+        ops::conv2d(&image, &noise("w", &[2, 3, 3, 3]), None, Window { stride: 0, padding: 1 }),
+        ops::depthwise_conv2d(&image, &noise("w", &[2, 1, 3, 3]), None, Window::default()),
+        ops::depthwise_conv2d(&image, &noise("w", &[3, 3, 3, 3]), None, Window::default()),
+        ops::unit_distance(&image, &noise("y", &[1, 3, 5, 4]), &noise("w", &[3]), 1e-10),
+        ops::unit_distance(&image, &image, &noise("w", &[4]), 1e-10),
+        ops::max_pool2d(&image, 6, 1),
+        ops::max_pool2d(&image, 0, 1),
+        ops::max_pool2d(&image, 2, 0),
     ];
     for (i, result) in refused.into_iter().enumerate() {
         assert!(result.is_err(), "case {i} was accepted");

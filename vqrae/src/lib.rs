@@ -50,6 +50,7 @@ pub mod latent;
 pub mod metrics;
 pub mod model;
 pub mod ops;
+pub mod perceptual;
 pub mod quantizer;
 mod recipe;
 pub mod train;

@@ -41,7 +41,9 @@ pub(crate) struct Args {
 const EXAMPLES: &str = "\
 Examples:
   vqrae-cli train --config train.toml --data photos --output-dir run
-  vqrae-cli train --config train.toml --data photos --val held-out --output-dir run --set train.steps=200";
+  vqrae-cli train --config train.toml --data photos --val held-out --output-dir run --set train.steps=200
+  vqrae-cli train --config train.toml --data photos --output-dir run \\
+    --set 'loss.perceptual={ weight = 1.0, weights = \"lpips_vgg16.safetensors\" }'";
 
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
 enum Resume {
@@ -93,11 +95,13 @@ fn show(sheet: &Path, pairs: &[(vqrae::image::Rgb, vqrae::image::Rgb)]) {
 fn step_line(log: &StepLog) -> String {
     let left = (log.steps - log.step) * log.images_per_step;
     let minutes = left as f64 / log.images_per_second / 60.0;
+    let terms: Vec<String> = log.terms.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
     format!(
-        "step {}/{}  loss {:.4}  PSNR {:.2} dB  codes in use {:.1} %  perplexity {:.0}  gradient {:.3}  {:.1} images/s  {minutes:.0} min left",
+        "step {}/{}  loss {:.4} ({})  PSNR {:.2} dB  codes in use {:.1} %  perplexity {:.0}  gradient {:.3}  {:.1} images/s  {minutes:.0} min left",
         log.step,
         log.steps,
         log.loss,
+        terms.join(", "),
         log.psnr,
         100.0 * log.usage,
         log.perplexity,

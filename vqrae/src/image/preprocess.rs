@@ -321,6 +321,12 @@ impl Preprocessor {
         })
     }
 
+    /// What a normalised value is multiplied by (the second) and then added to (the first) to lie in 0..1, by channel.
+    pub fn unit_mean_and_std(&self) -> [[f32; 3]; 2] {
+        let of = |c| self.mean_and_std(c);
+        [[0, 1, 2].map(|c| of(c).0 / 255.0), [0, 1, 2].map(|c| of(c).1 / 255.0)]
+    }
+
     /// Mean and standard deviation on the scale of 0..255.
     fn mean_and_std(&self, channel: usize) -> (f32, f32) {
         let whole = if self.do_rescale { (1.0 / self.rescale_factor) as f32 } else { 1.0 };

@@ -1,4 +1,5 @@
-//! The operations of a transformer: a fast forward, each with its gradient.
+//! The operations of a transformer, and those of the convolutional networks that judge images in training: a fast forward,
+//! each with its gradient.
 //!
 //! candle's own fused `softmax_last_dim`, `layer_norm` and `rms_norm` end the gradient without a word
 //! (`apply_op*_no_bwd`), so model code calls only what stands here. Every operation has a plain sibling in
@@ -11,16 +12,26 @@
 
 mod attention;
 pub mod composed;
+mod conv;
+mod depthwise;
 mod gelu;
 mod layer_norm;
 mod linear;
 mod norm;
+mod pool;
+mod unit_distance;
+mod window;
 
 pub use attention::attention;
-pub use gelu::gelu;
+pub use conv::{Conv2d, conv2d, conv2d_relu};
+pub use depthwise::depthwise_conv2d;
+pub use gelu::{gelu, gelu_erf};
 pub use layer_norm::{LayerNorm, layer_norm};
 pub use linear::{Linear, linear};
 pub use norm::Norm;
+pub use pool::max_pool2d;
+pub use unit_distance::unit_distance;
+pub use window::Window;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
 use vqrae_kernels::cpu::Isa;

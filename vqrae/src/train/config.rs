@@ -203,6 +203,7 @@ impl Config {
         if optimizer.max_grad_norm <= 0.0 {
             return Err(format!("optimizer.max_grad_norm is {}, expected: more than 0", optimizer.max_grad_norm));
         }
+        self.loss.check()?;
         train.save_dtype().map(|_| ()).map_err(|e| e.to_string())
     }
 

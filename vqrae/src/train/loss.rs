@@ -1,22 +1,150 @@
-//! What training minimises in stage 1: the squared error of the pixels and the quantizer's own loss
-//! (VQRAE, arXiv 2511.23386, §3.3; MODEL.md tells where its formulas and its tables disagree).
+//! What training minimises: the error of the pixels, what networks that have learnt to see make of it, and the quantizer's
+//! own loss (VQRAE, arXiv 2511.23386, §3.3, and TiTok's code, from which its perceptual terms come).
 
-use candle_core::{Result, Tensor};
+use std::path::PathBuf;
+
+use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-/// The weights of the terms.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+use crate::error::Result;
+use crate::image::Preprocessor;
+use crate::perceptual::{Backbone, ConvNext, Lpips};
+
+/// The weights of the terms; a term of weight zero is not computed, except the first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Weights {
     /// Of the mean squared error of the pixels, in the normalised range.
     pub reconstruction: f64,
+    /// Of the mean absolute error of the pixels, in the normalised range; 0.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub l1: f64,
     /// Of the quantizer's loss.
     pub quantizer: f64,
+    /// LPIPS; none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub perceptual: Option<Perceptual>,
+    /// The mean squared difference of ConvNeXt's logits; none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub convnext: Option<Logits>,
 }
 
 impl Default for Weights {
     fn default() -> Self {
-        Self { reconstruction: 1.0, quantizer: 1.0 }
+        Self { reconstruction: 1.0, l1: 0.0, quantizer: 1.0, perceptual: None, convnext: None }
+    }
+}
+
+/// LPIPS as a term: `perceptual = { weight = 1.0, weights = "lpips_vgg16.safetensors" }`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Perceptual {
+    /// Of the mean over the images.
+    pub weight: f64,
+    /// The file, which `weights/convert_lpips.py` makes.
+    pub weights: PathBuf,
+    /// The network: `vgg16`, or `alex`; VGG16.
+    #[serde(default = "vgg16")]
+    pub network: Backbone,
+}
+
+/// ConvNeXt's logits as a term: `convnext = { weight = 0.1, weights = "convnext_small.safetensors" }`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Logits {
+    /// Of the mean over images and classes.
+    pub weight: f64,
+    /// The file, which `weights/convert_convnext.py` makes.
+    pub weights: PathBuf,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_zero(x: &f64) -> bool {
+    *x == 0.0
+}
+
+fn vgg16() -> Backbone {
+    Backbone::Vgg16
+}
+
+impl Weights {
+    pub(super) fn check(&self) -> std::result::Result<(), String> {
+        let named = [
+            ("reconstruction", Some(self.reconstruction)),
+            ("l1", Some(self.l1)),
+            ("quantizer", Some(self.quantizer)),
+            ("perceptual.weight", self.perceptual.as_ref().map(|term| term.weight)),
+            ("convnext.weight", self.convnext.as_ref().map(|term| term.weight)),
+        ];
+        let wrong = |weight: f64| !(weight.is_finite() && weight >= 0.0);
+        match named.into_iter().find(|(_, weight)| weight.is_some_and(wrong)) {
+            Some((name, weight)) => Err(format!("loss.{name} is {}, expected: 0 or more", weight.unwrap_or_default())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The weights, and the networks that some terms need.
+#[derive(Debug)]
+pub struct Loss {
+    weights: Weights,
+    lpips: Option<(f64, Lpips)>,
+    convnext: Option<(f64, ConvNext)>,
+}
+
+impl Loss {
+    /// Reads the networks that the weights ask for.
+    ///
+    /// # Errors
+    /// If a file is missing or is not such a network.
+    pub fn open(weights: &Weights, device: &Device) -> Result<Self> {
+        let lpips = match weights.perceptual.as_ref().filter(|term| term.weight > 0.0) {
+            Some(term) => Some((term.weight, Lpips::open(&term.weights, term.network, device)?)),
+            None => None,
+        };
+        let convnext = match weights.convnext.as_ref().filter(|term| term.weight > 0.0) {
+            Some(term) => Some((term.weight, ConvNext::open(&term.weights, device)?)),
+            None => None,
+        };
+        Ok(Self { weights: weights.clone(), lpips, convnext })
+    }
+
+    /// The terms for pixels and their reconstruction, `[B, 3, H, W]` each as `preprocessor` normalises them, and the
+    /// quantizer's loss. What the networks see of the reconstruction is not clamped, so that every pixel has a gradient.
+    pub fn terms(
+        &self,
+        preprocessor: &Preprocessor,
+        pixels: &Tensor,
+        painted: &Tensor,
+        quantizer: Tensor,
+    ) -> candle_core::Result<Terms> {
+        let pixels = &pixels.detach();
+        let difference = (painted - pixels)?;
+        let reconstruction = difference.sqr()?.mean_all()?;
+        let total = (&reconstruction * self.weights.reconstruction)?;
+        let mut terms = Terms { total, named: vec![("reconstruction", reconstruction)] };
+        terms.add("quantizer", self.weights.quantizer, quantizer)?;
+        if self.weights.l1 > 0.0 {
+            terms.add("l1", self.weights.l1, difference.abs()?.mean_all()?)?;
+        }
+        if self.lpips.is_none() && self.convnext.is_none() {
+            return Ok(terms);
+        }
+        let unit = |x: &Tensor| {
+            let [mean, std] = preprocessor.unit_mean_and_std().map(|values| Tensor::new(&values, x.device()));
+            x.broadcast_mul(&std?.reshape((1, 3, 1, 1))?)?.broadcast_add(&mean?.reshape((1, 3, 1, 1))?)
+        };
+        let (pixels, painted) = (unit(pixels)?, unit(painted)?);
+        if let Some((weight, lpips)) = &self.lpips {
+            let signed = |x: &Tensor| x.affine(2.0, -1.0);
+            let distances = lpips.forward(&signed(&painted)?, &signed(&pixels)?)?;
+            terms.add("perceptual", *weight, distances.mean_all()?)?;
+        }
+        if let Some((weight, convnext)) = &self.convnext {
+            let logits = (convnext.forward(&painted)? - convnext.forward(&pixels)?)?;
+            terms.add("convnext", *weight, logits.sqr()?.mean_all()?)?;
+        }
+        Ok(terms)
     }
 }
 
@@ -25,17 +153,15 @@ impl Default for Weights {
 pub struct Terms {
     /// What is minimised.
     pub total: Tensor,
-    /// Mean squared error of the normalised pixels.
-    pub reconstruction: Tensor,
-    /// The quantizer's loss.
-    pub quantizer: Tensor,
+    /// All of them before their weights, by their names in the config.
+    pub named: Vec<(&'static str, Tensor)>,
 }
 
 impl Terms {
-    /// The terms for pixels and their reconstruction, `[B, 3, H, W]` each, and the quantizer's loss.
-    pub fn new(weights: &Weights, pixels: &Tensor, painted: &Tensor, quantizer: Tensor) -> Result<Self> {
-        let reconstruction = (painted - pixels)?.sqr()?.mean_all()?;
-        let total = ((&reconstruction * weights.reconstruction)? + (&quantizer * weights.quantizer)?)?;
-        Ok(Self { total, reconstruction, quantizer })
+    /// Adds one more, `weight` times.
+    pub fn add(&mut self, name: &'static str, weight: f64, value: Tensor) -> candle_core::Result<()> {
+        self.total = (&self.total + (&value * weight)?)?;
+        self.named.push((name, value));
+        Ok(())
     }
 }

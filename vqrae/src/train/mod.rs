@@ -34,7 +34,7 @@ use crate::quantizer;
 use crate::weights::Tensors;
 use checkpoint::State;
 use data::{Batch, Crops, Photos, Sizes, Views};
-use loss::Terms;
+use loss::Loss;
 use optimizer::AdamW;
 
 /// What a run tells while it goes on.
@@ -62,6 +62,8 @@ pub struct StepLog {
     pub steps: usize,
     /// What is minimised.
     pub loss: f64,
+    /// The terms of the loss before their weights, by their names in the config.
+    pub terms: BTreeMap<&'static str, f64>,
     /// The quantizer's loss.
     pub quantizer_loss: f64,
     /// PSNR in dB of the batch's mean squared error.
@@ -157,6 +159,7 @@ struct Trainer<'a> {
     preprocessor: Preprocessor,
     sizes: Sizes,
     network: Network,
+    loss: Loss,
     parameters: BTreeMap<String, Var>,
     /// The quantizer's moving averages, which no gradient moves.
     averages: BTreeMap<String, Var>,
@@ -171,15 +174,14 @@ struct Since {
     begin: Instant,
     steps: usize,
     loss: f64,
-    quantizer: f64,
-    reconstruction: f64,
+    terms: BTreeMap<&'static str, f64>,
     codes: CodeCounts,
 }
 
 impl Since {
     fn now(codes: CodeCounts) -> Self {
         let begin = Instant::now();
-        Self { begin, steps: 0, loss: 0.0, quantizer: 0.0, reconstruction: 0.0, codes }
+        Self { begin, steps: 0, loss: 0.0, terms: BTreeMap::new(), codes }
     }
 }
 
@@ -191,6 +193,7 @@ impl<'a> Trainer<'a> {
         found: Option<checkpoint::Checkpoint>,
         tell: Observer,
     ) -> Result<Self> {
+        let loss = Loss::open(&config.loss, &Device::Cpu)?;
         let (model, preprocessor, start) = config.start_model(photos, found.is_some(), tell)?;
         let as_json = serde_json::to_value(config).map_err(|e| Error::config("config", e))?;
         let sizes = Sizes::of(preprocessor.size, &model)?;
@@ -216,7 +219,20 @@ impl<'a> Trainer<'a> {
         files::write_whole(&path, text.as_bytes()).map_err(Error::io(&path))?;
         trim_log(&output.join("log.jsonl"), state.step)?;
         let since = Since::now(no_codes(&model.quantizer));
-        Ok(Self { config, output, preprocessor, sizes, network, parameters, averages, frozen, optimizer, state, since })
+        Ok(Self {
+            config,
+            output,
+            preprocessor,
+            sizes,
+            network,
+            loss,
+            parameters,
+            averages,
+            frozen,
+            optimizer,
+            state,
+            since,
+        })
     }
 
     /// The run's settings, before the first step.
@@ -258,7 +274,8 @@ impl<'a> Trainer<'a> {
         let seed = data::generator(train.seed, "quantizer", step).next_u64();
         let quantized = self.network.quantize_in_training(&pixels, seed)?;
         let painted = self.network.paint(&quantized.tokens, self.network.grid(h, w)?, DType::F32)?;
-        let terms = Terms::new(&self.config.loss, &target, &painted, self.network.quantizer.loss(&quantized)?)?;
+        let quantizer_loss = self.network.quantizer.loss(&quantized)?;
+        let terms = self.loss.terms(&self.preprocessor, &target, &painted, quantizer_loss)?;
         let scalar = |tensor: &Tensor| Ok::<f64, Error>(f64::from(tensor.to_scalar::<f32>()?));
         let loss = scalar(&terms.total)?;
         let gradients = terms.total.backward()?;
@@ -278,8 +295,9 @@ impl<'a> Trainer<'a> {
         let since = &mut self.since;
         since.steps += 1;
         since.loss += loss;
-        since.quantizer += scalar(&terms.quantizer)?;
-        since.reconstruction += scalar(&terms.reconstruction)?;
+        for (name, value) in &terms.named {
+            *since.terms.entry(name).or_default() += scalar(value)?;
+        }
         since.codes.add(&quantized.indices.flatten_all()?.to_vec1::<u32>()?);
         if !(step + 1).is_multiple_of(train.log_every.max(1)) && step + 1 != train.steps {
             return Ok(None);
@@ -312,16 +330,19 @@ impl<'a> Trainer<'a> {
         let since = &self.since;
         let mean = |sum: f64| sum / since.steps as f64;
         let std = f64::from(self.preprocessor.image_std[0]);
+        let terms: BTreeMap<_, _> = since.terms.iter().map(|(&name, &sum)| (name, mean(sum))).collect();
+        let term = |name| terms.get(name).copied().unwrap_or_default();
         StepLog {
             step: self.state.step,
             steps: self.config.train.steps,
             loss: mean(since.loss),
-            quantizer_loss: mean(since.quantizer),
-            psnr: -10.0 * (mean(since.reconstruction) * std * std).log10(),
+            quantizer_loss: term("quantizer"),
+            psnr: -10.0 * (term("reconstruction") * std * std).log10(),
             usage: since.codes.usage(),
             perplexity: since.codes.perplexity(),
             gradient_norm,
             rates,
+            terms,
             images_per_step: self.config.train.batch_size,
             images_per_second: (since.steps * self.config.train.batch_size) as f64
                 / since.begin.elapsed().as_secs_f64(),
