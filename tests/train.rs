@@ -448,7 +448,7 @@ fn the_four_models_of_the_starting_document_begin_train_ten_steps_and_tokenize()
         let (model, out) = (model.to_str().expect("a path"), out.to_str().expect("a path"));
         let photos = bench.path("photos");
         succeeds(&cli(&["tokenize", photos.to_str().expect("a path"), "-o", out, "--model", model]));
-        let codes = vqrae::codes::Codes::read(&Path::new(out).join("codes/0.png.safetensors")).expect("codes");
+        let codes = vqrae::codes::Codes::read(Path::new(out).join("codes/0.png.safetensors")).expect("codes");
         assert_eq!((codes.h, codes.w), (side, side));
     };
     let trains = |run: &str, name: &str, start: &Path, more: &[&str]| {

@@ -95,8 +95,10 @@ impl CustomOp3 for LinearOp {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (e, d) = weight.dims2()?;
         let grad = grad.reshape(((), e))?.contiguous()?; // [M,E]
-        let x_grad = x.track_op().then(|| grad.matmul(weight)?.reshape(x.shape())).transpose()?;
-        let weight_grad = weight.track_op().then(|| grad.t()?.matmul(&x.reshape(((), d))?)).transpose()?;
+        // Detached, or the gradient of a parameter would hold the graph of the layer's input until the end of the backward pass.
+        let (values, factors) = (x.detach(), weight.detach());
+        let x_grad = x.track_op().then(|| grad.matmul(&factors)?.reshape(x.shape())).transpose()?;
+        let weight_grad = weight.track_op().then(|| grad.t()?.matmul(&values.reshape(((), d))?)).transpose()?;
         let sum_rows = || Tensor::ones((1, grad.dim(0)?), grad.dtype(), grad.device())?.matmul(&grad)?.reshape(e);
         let bias_grad = bias.track_op().then(sum_rows).transpose()?;
         Ok((x_grad, weight_grad, bias_grad))
