@@ -135,7 +135,7 @@ pub struct Run {
     /// More skipped steps in a row than this end the run.
     pub max_skipped: usize,
     /// Whether a block keeps only its input for the backward pass, which computes the rest again: the same gradients, less
-    /// memory, a third more time.
+    /// memory, a third to a half more time.
     pub checkpoint_blocks: bool,
     /// Sizes of training images, `HEIGHTxWIDTH`, of which every step draws one; the encoder's own where there are none.
     pub sizes: Vec<String>,
