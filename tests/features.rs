@@ -501,7 +501,8 @@ fn training_with_a_frozen_encoder_moves_the_fusion_and_leaves_the_statistics() {
     let run = |output: &Path, resume: bool| {
         let config = vqrae::train::Config::read(&file, &[])?;
         let mut tell = |_: vqrae::train::Event| std::ops::ControlFlow::Continue(());
-        vqrae::train::run(&config, &photos, None, output, resume, &mut tell)
+        let files = vqrae::train::Files { train: vec![photos.clone()], output: output.into(), ..Default::default() };
+        vqrae::train::run(&config, &files, resume, &mut tell)
     };
     let output = place.path().join("run");
     run(&output, false).unwrap();

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use candle_core::Var;
 use vqrae::image::{Preprocessor, Resample};
 use vqrae::perceptual::{Backbone, ConvNext, Lpips};
-use vqrae::train::loss::{Logits, Loss, Perceptual, Terms, Weights};
+use vqrae::train::loss::{Logits, Losses, Perceptual, Terms, Weights};
 use vqrae::weights::{Tensors, read_file, write};
 use vqrae::{DType, Device, Tensor};
 
@@ -152,7 +152,7 @@ fn the_terms_are_what_they_are_called_whatever_the_preprocessor() {
     };
     let plain = Preprocessor { do_normalize: false, ..imagenet.clone() };
     let bytes = Preprocessor { do_rescale: false, ..plain.clone() };
-    let loss = Loss::open(&all_terms(), &Device::Cpu).unwrap();
+    let loss = Losses::open(&all_terms(), None, &Device::Cpu).unwrap();
     let lpips = lpips(BACKBONES[0]).forward(&signed(&images), &signed(&others)).unwrap();
     let expected = lpips.mean_all().unwrap().to_scalar::<f32>().unwrap();
     for preprocessor in [imagenet, plain, bytes, Preprocessor::siglip(32, Resample::Bicubic)] {
@@ -160,7 +160,7 @@ fn the_terms_are_what_they_are_called_whatever_the_preprocessor() {
         let channels = |x: [f32; 3]| Tensor::new(&x, &Device::Cpu).unwrap().reshape((1, 3, 1, 1)).unwrap();
         let normal = |x: &Tensor| x.broadcast_sub(&channels(mean)).unwrap().broadcast_div(&channels(std)).unwrap();
         let quantizer = Tensor::new(0.25f32, &Device::Cpu).unwrap();
-        let terms = loss.terms(&preprocessor, &normal(&others), &normal(&images), quantizer).unwrap();
+        let terms = loss.of_pixels(&preprocessor, &normal(&others), &normal(&images), quantizer).unwrap();
         let names: Vec<&str> = terms.named.iter().map(|(name, _)| *name).collect();
         assert_eq!(names, ["reconstruction", "quantizer", "l1", "perceptual", "convnext"]);
         assert!((value(&terms, "perceptual") - expected).abs() < 1e-4 * expected);
@@ -176,8 +176,8 @@ fn without_perceptual_terms_the_loss_is_what_it_was() {
     let preprocessor = Preprocessor::siglip(32, Resample::Bicubic);
     let quantizer = Tensor::new(0.37f32, &Device::Cpu).unwrap();
     let weights = Weights { reconstruction: 0.7, quantizer: 1.3, ..Default::default() };
-    let loss = Loss::open(&weights, &Device::Cpu).unwrap();
-    let terms = loss.terms(&preprocessor, &others, &images, quantizer.clone()).unwrap();
+    let loss = Losses::open(&weights, None, &Device::Cpu).unwrap();
+    let terms = loss.of_pixels(&preprocessor, &others, &images, quantizer.clone()).unwrap();
     let error = (&images - &others).unwrap().sqr().unwrap().mean_all().unwrap();
     let expected = ((error * 0.7).unwrap() + (quantizer * 1.3).unwrap()).unwrap();
     assert_same_bits("total", &terms.total, &expected);
@@ -190,10 +190,10 @@ fn every_term_falls_when_pixels_follow_its_gradient() {
     let (images, others, _) = reference();
     let preprocessor = Preprocessor::siglip(32, Resample::Bicubic);
     let quantizer = Tensor::new(0f32, &Device::Cpu).unwrap();
-    let loss = Loss::open(&all_terms(), &Device::Cpu).unwrap();
+    let loss = Losses::open(&all_terms(), None, &Device::Cpu).unwrap();
     for name in ["reconstruction", "l1", "perceptual", "convnext"] {
         let x = Var::from_tensor(&signed(&images)).unwrap();
-        let terms = || loss.terms(&preprocessor, &signed(&others), &x, quantizer.clone()).unwrap();
+        let terms = || loss.of_pixels(&preprocessor, &signed(&others), &x, quantizer.clone()).unwrap();
         let before = value(&terms(), name);
         for _ in 0..3 {
             let terms = terms();

@@ -4,12 +4,14 @@
 //! latent's width to its own, a class token, exact GELU. On a grid other than its own our positions are interpolated; RAE
 //! has the latent itself interpolated to its one grid, so only images of the size that it was trained on come out alike.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
 use crate::ops::{Linear, Norm};
-use crate::vit::{self, Positions, Vit};
+use crate::vit::{self, Positions, RunBlock, Vit};
 
 /// The `decoder` section of `config.json`. A missing field takes the encoder's value: the symmetric decoder of the paper.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -176,6 +178,11 @@ impl Decoder {
     pub fn load(vb: VarBuilder, sizes: &Sizes) -> Result<Self> {
         let surroundings = Surroundings::load(&vb, sizes)?;
         Ok(Self { surroundings, layers: Vit::load(vb, &sizes.vit)?, patch: sizes.patch })
+    }
+
+    /// Has every block run by `runner`.
+    pub(crate) fn run_by(&mut self, runner: Arc<dyn RunBlock>) {
+        self.layers.run_by(runner);
     }
 
     /// Tokens of a grid to pixels, in the normalised range of the encoder's input.

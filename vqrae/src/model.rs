@@ -17,6 +17,7 @@ use crate::image::Preprocessor;
 use crate::inference::{self, Inference};
 use crate::latent::{self, Latent};
 use crate::quantizer::{self, Quantized, Quantizer};
+use crate::vit::RunBlock;
 use crate::weights::{self, Fresh, Loader, Store, Tensors};
 use vqrae_kernels::cpu::{Bf16, Isa};
 
@@ -120,18 +121,33 @@ impl Network {
 
     /// Normalised pixels `[B, 3, H, W]` to features `[B, N, D]`, of one state of the encoder or of two that became one.
     pub fn features(&self, pixels: &Tensor) -> candle_core::Result<Tensor> {
-        let states = self.encoder.forward(pixels)?;
-        self.fusion.as_ref().map_or_else(|| Ok(states.clone()), |fusion| fusion.forward(&states))
+        self.fuse(&self.encoder.forward(pixels)?)
+    }
+
+    /// The encoder's output `[B, N, D]`, or two states side by side, `[B, N, 2·D]`, to features `[B, N, D]`.
+    pub(crate) fn fuse(&self, states: &Tensor) -> candle_core::Result<Tensor> {
+        self.fusion.as_ref().map_or_else(|| Ok(states.clone()), |fusion| fusion.forward(states))
+    }
+
+    /// Has the blocks of encoder and decoder run by `runner`.
+    pub(crate) fn run_by(&mut self, runner: &Arc<dyn RunBlock>) {
+        self.encoder.run_by(runner.clone());
+        self.decoder.run_by(runner.clone());
     }
 
     /// Normalised pixels `[B, 3, H, W]` to what the quantizer sees, `[B, N, D]`: the features, normalised if the config
     /// says so.
     pub fn latents(&self, pixels: &Tensor) -> candle_core::Result<Tensor> {
+        let (_, _, height, width) = pixels.dims4()?;
+        self.latents_of(&self.features(pixels)?, self.grid(height, width)?)
+    }
+
+    /// Features `[B, h·w, D]` of a grid (h, w) to what the quantizer sees, as [`Network::latents`].
+    pub(crate) fn latents_of(&self, features: &Tensor, grid: (usize, usize)) -> candle_core::Result<Tensor> {
         if let Some(latent) = &self.latent {
-            let (_, _, height, width) = pixels.dims4()?;
-            latent.check_grid(self.grid(height, width)?)?;
+            latent.check_grid(grid)?;
         }
-        self.normalize(&self.features(pixels)?)
+        self.normalize(features)
     }
 
     fn normalize(&self, features: &Tensor) -> candle_core::Result<Tensor> {
@@ -146,11 +162,6 @@ impl Network {
     /// Normalised pixels `[B, 3, H, W]` to their codes, with all that training needs of them.
     pub fn quantize(&self, pixels: &Tensor) -> candle_core::Result<Quantized> {
         self.quantizer.quantize(&self.latents(pixels)?)
-    }
-
-    /// [`Network::quantize`] as a training step does it, with what is random in it drawn from `seed`.
-    pub fn quantize_in_training(&self, pixels: &Tensor, seed: u64) -> candle_core::Result<Quantized> {
-        self.quantizer.quantize_in_training(&self.latents(pixels)?, seed)
     }
 
     /// The quantizer's output `[B, h·w, D']` to normalised pixels `[B, 3, h·P', w·P']`; undoing the normalisation of

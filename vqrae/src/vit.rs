@@ -3,6 +3,8 @@
 //! Tensor names are those of Hugging Face's SigLIP (`layers.N.{layer_norm1,self_attn,layer_norm2,mlp}`), so a checkpoint
 //! of the hub loads as it is. Whether a parameter is trained is the [`VarBuilder`]'s matter, not this file's.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
@@ -161,7 +163,7 @@ impl Block {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let normed = self.layer_norm1.forward(x)?;
         let attended = self.self_attn.forward(&normed, &normed)?;
         let Some((scale1, scale2)) = &self.layer_scales else {
@@ -179,17 +181,33 @@ pub(crate) fn blocks(vb: VarBuilder, config: &Config) -> impl Iterator<Item = Re
     (0..config.depth).map(move |i| Block::load(vb.pp(i), config))
 }
 
+/// Runs blocks in place of [`Block::forward`]; training computes them again for the gradient rather than keep what they hold.
+pub(crate) trait RunBlock: std::fmt::Debug + Send + Sync {
+    /// The value and the gradient of `block.forward(x)`.
+    fn run(&self, block: &Block, x: &Tensor) -> Result<Tensor>;
+}
+
 /// A stack of transformer blocks.
 #[derive(Debug, Clone)]
 pub struct Vit {
     layers: Vec<Block>,
+    runner: Option<Arc<dyn RunBlock>>,
 }
 
 impl Vit {
     /// Loads `layers.0 ..` from `vb`.
     pub fn load(vb: VarBuilder, config: &Config) -> Result<Self> {
         let layers = blocks(vb, config).collect::<Result<_>>()?;
-        Ok(Self { layers })
+        Ok(Self { layers, runner: None })
+    }
+
+    /// Has every block run by `runner`.
+    pub(crate) fn run_by(&mut self, runner: Arc<dyn RunBlock>) {
+        self.runner = Some(runner);
+    }
+
+    fn run(&self, block: &Block, x: &Tensor) -> Result<Tensor> {
+        self.runner.as_ref().map_or_else(|| block.forward(x), |runner| runner.run(block, x))
     }
 
     /// Every block in turn.
@@ -197,14 +215,14 @@ impl Vit {
     /// # Shapes
     /// - input, output: `[B, N, D]`
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.layers.iter().try_fold(x.clone(), |x, layer| layer.forward(&x))
+        self.layers.iter().try_fold(x.clone(), |x, layer| self.run(layer, &x))
     }
 
     /// The input and the output of every block, as transformers' `output_hidden_states` counts them: depth + 1 tensors.
     pub fn hidden_states(&self, x: &Tensor) -> Result<Vec<Tensor>> {
         let mut states = vec![x.clone()];
         for layer in &self.layers {
-            states.push(layer.forward(&states[states.len() - 1])?);
+            states.push(self.run(layer, &states[states.len() - 1])?);
         }
         Ok(states)
     }

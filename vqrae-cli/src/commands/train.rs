@@ -1,41 +1,52 @@
 //! `train`: photos and a TOML file → a model folder, in steps that can be stopped and gone on with.
 
+mod curves;
+mod plan;
+
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::ValueEnum;
-use vqrae::train::{Config, Event, StepLog, ValidationLog, run};
+use vqrae::train::plan::Plan;
+use vqrae::train::{Config, Event, Files, StepLog, ValidationLog, run};
 
 use super::write_sheet;
 use crate::load::{catch_interrupts, interrupted};
 use crate::report::{self, Exit};
 
-/// Train a model on folders of images
+/// Train a model on photos
 ///
-/// Writes DIR/config.toml, DIR/log.jsonl, DIR/checkpoints, the best model so far as DIR/model, and a picture of the first
-/// validation images as DIR/sheet.png. The last validation goes to stdout as JSON.
+/// Writes DIR/config.toml, DIR/log.jsonl, DIR/tensorboard, DIR/checkpoints, the best model so far as DIR/model, a picture of
+/// the first validation images as DIR/sheet.png, and the curves of the log as DIR/curves.svg. The last validation goes to
+/// stdout as JSON.
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// Settings of the run
     #[arg(long, value_name = "FILE.toml")]
     config: PathBuf,
-    /// Folder of images to train on
-    #[arg(long, alias = "data-path", alias = "data_path", value_name = "FOLDER")]
-    data: PathBuf,
-    /// Folder of images to validate on
-    #[arg(long, value_name = "FOLDER")]
-    val: Option<PathBuf>,
+    /// Photos to train on: folders, tars, FILE.txt with a photo a line, or patterns such as 'shards/{000..127}.tar'
+    #[arg(long, alias = "data-path", alias = "data_path", value_name = "PHOTOS", num_args = 1.., required_unless_present = "dry_run")]
+    data: Vec<PathBuf>,
+    /// Photos to validate on
+    #[arg(long, value_name = "PHOTOS", num_args = 1..)]
+    val: Vec<PathBuf>,
     /// Folder to write to
-    #[arg(short, long, alias = "output_dir", value_name = "DIR")]
-    output_dir: PathBuf,
+    #[arg(short, long, alias = "output_dir", value_name = "DIR", required_unless_present = "dry_run")]
+    output_dir: Option<PathBuf>,
+    /// Start from the best model of another run, as stage 2 does from stage 1's; or from a model folder
+    #[arg(long, value_name = "RUN")]
+    from: Option<PathBuf>,
     /// Whether to go on from the newest checkpoint in that folder
     #[arg(long, value_enum, default_value_t = Resume::Auto)]
     resume: Resume,
     /// Replace a setting of the file, such as train.steps=200; may be given many times
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// Print parameters by group, an estimate of the memory and the schedule, and end
+    #[arg(long)]
+    dry_run: bool,
 }
 
 const EXAMPLES: &str = "\
@@ -43,7 +54,9 @@ Examples:
   vqrae-cli train --config train.toml --data photos --output-dir run
   vqrae-cli train --config train.toml --data photos --val held-out --output-dir run --set train.steps=200
   vqrae-cli train --config train.toml --data photos --output-dir run \\
-    --set 'loss.perceptual={ weight = 1.0, weights = \"lpips_vgg16.safetensors\" }'";
+    --set 'loss.perceptual={ weight = 1.0, weights = \"lpips_vgg16.safetensors\" }'
+  vqrae-cli train --config stage2.toml --from run --data photos --val held-out --output-dir run2
+  vqrae-cli train --config train.toml --dry-run";
 
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
 enum Resume {
@@ -54,10 +67,15 @@ enum Resume {
 }
 
 pub(crate) fn execute(args: Args) -> Result<Exit> {
-    let config = Config::read(&args.config, &args.set)?;
+    let config = Config::read(&args.config, &wishes(&args)?)?;
+    if args.dry_run {
+        report::data(&plan::text(&config, &Plan::of(&config)?));
+        return Ok(Exit::Success);
+    }
     catch_interrupts()?;
     let (mut last, mut stopped) = (None, false);
-    let sheet = args.output_dir.join("sheet.png");
+    let output = args.output_dir.unwrap_or_default();
+    let (sheet, log_file, curves) = (output.join("sheet.png"), output.join("log.jsonl"), output.join("curves.svg"));
     let mut tell = |event: Event| {
         match event {
             Event::Note(text) => report::say(text),
@@ -68,13 +86,16 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
             }
             Event::Validation(log, pairs) => {
                 report::say(&validation_line(log));
-                show(&sheet, pairs);
+                show(write_sheet(&sheet, pairs, pairs.len()));
+                show(curves::draw(&log_file, &curves));
                 last = Some(log.clone());
             }
         }
         if stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
-    run(&config, &args.data, args.val.as_deref(), &args.output_dir, args.resume == Resume::Auto, &mut tell)?;
+    let files = Files { train: args.data, validation: args.val, output };
+    run(&config, &files, args.resume == Resume::Auto, &mut tell)?;
+    show(curves::draw(&log_file, &curves));
     if let Some(log) = last {
         report::data(&serde_json::to_string(&log)?);
     }
@@ -85,9 +106,22 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
     Ok(Exit::Success)
 }
 
+/// The overrides, with `--from` as the last word on where the run starts.
+fn wishes(args: &Args) -> Result<Vec<String>> {
+    let mut wishes = args.set.clone();
+    if let Some(run) = &args.from {
+        let model = run.join("model");
+        let folder = if model.join("config.json").exists() { &model } else { run };
+        // A JSON string is a TOML string.
+        let path = serde_json::to_string(&folder.display().to_string())?;
+        wishes.push(format!("start={{from=\"folder\",path={path}}}"));
+    }
+    Ok(wishes)
+}
+
 /// A picture that cannot be written does not end a long run.
-fn show(sheet: &Path, pairs: &[(vqrae::image::Rgb, vqrae::image::Rgb)]) {
-    if let Err(error) = write_sheet(sheet, pairs, pairs.len()) {
+fn show(written: Result<()>) {
+    if let Err(error) = written {
         report::failure(&error);
     }
 }
@@ -96,8 +130,13 @@ fn step_line(log: &StepLog) -> String {
     let left = (log.steps - log.step) * log.images_per_step;
     let minutes = left as f64 / log.images_per_second / 60.0;
     let terms: Vec<String> = log.terms.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+    let skipped = match log.skipped_steps {
+        0 => String::new(),
+        steps => format!("  {steps} steps skipped"),
+    };
     format!(
-        "step {}/{}  loss {:.4} ({})  PSNR {:.2} dB  codes in use {:.1} %  perplexity {:.0}  gradient {:.3}  {:.1} images/s  {minutes:.0} min left",
+        "step {}/{}  loss {:.4} ({})  PSNR {:.2} dB  codes in use {:.1} %  perplexity {:.0}  gradient {:.3}  {:.1} images/s  \
+         waiting {:.0} %{skipped}  {minutes:.0} min left",
         log.step,
         log.steps,
         log.loss,
@@ -106,7 +145,8 @@ fn step_line(log: &StepLog) -> String {
         100.0 * log.usage,
         log.perplexity,
         log.gradient_norm,
-        log.images_per_second
+        log.images_per_second,
+        100.0 * log.waiting
     )
 }
 

@@ -17,9 +17,13 @@ pub use siglip::{Backend, SiglipConfig, Stock};
 pub(crate) use tower::Surroundings;
 pub use tower::{Layout, Tower};
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
+
+use crate::vit::RunBlock;
 
 /// Which encoder, and its sizes: the `encoder` section of `config.json`, told apart by its `model_type`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -155,6 +159,13 @@ impl Encoder {
         match config {
             Config::Siglip(siglip) if config.is_stock() => Ok(Self::Stock(Box::new(Stock::load(tower, siglip)?))),
             _ => Ok(Self::Tower(Box::new(Tower::load(&tower, blocks, config.layout())?))),
+        }
+    }
+
+    /// Has every block run by `runner`; candle-transformers runs its own.
+    pub(crate) fn run_by(&mut self, runner: Arc<dyn RunBlock>) {
+        if let Self::Tower(tower) = self {
+            tower.run_by(runner);
         }
     }
 

@@ -1,11 +1,13 @@
 //! The one vision tower: patches, positions, tokens of its own, blocks, norm. Every encoder is a [`Layout`] of it.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 use super::Features;
 use crate::ops::Norm;
-use crate::vit::{self, Interpolation, PatchEmbedding, Positions, Vit};
+use crate::vit::{self, Interpolation, PatchEmbedding, Positions, RunBlock, Vit};
 
 /// What tells one encoder from another.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -83,6 +85,11 @@ impl Tower {
     pub fn load(vb: &VarBuilder, blocks: VarBuilder, layout: Layout) -> Result<Self> {
         let surroundings = Surroundings::load(vb, &layout)?;
         Ok(Self { surroundings, blocks: Vit::load(blocks, &layout.blocks())?, layout })
+    }
+
+    /// Has every block run by `runner`.
+    pub(crate) fn run_by(&mut self, runner: Arc<dyn RunBlock>) {
+        self.blocks.run_by(runner);
     }
 
     fn embed(&self, pixels: &Tensor) -> Result<Tensor> {

@@ -91,7 +91,9 @@ impl CustomOp3 for LinearOp {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (e, d) = weight.dims2()?;
-        let (grad, x_rows) = (grad.reshape(((), e))?.contiguous()?, x.reshape(((), d))?.contiguous()?); // [M,E], [M,D]
+        // No tensor made here is part of a graph: a gradient must not hold what its layer's input came from.
+        let grad = grad.reshape(((), e))?.contiguous()?; // [M,E]
+        let x_rows = x.detach().reshape(((), d))?.contiguous()?; // [M,D]
         let m = grad.dim(0)?;
         let matrix = |values: Vec<f32>, shape: &Shape| Tensor::from_vec(values, shape, grad.device());
         with_values([&grad, &x_rows, weight], |[g, x_values, w]| {

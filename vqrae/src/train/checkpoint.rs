@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::train::guard;
 use crate::weights::{self, Tensors};
 
 /// What a checkpoint says about itself, in `state.json`.
@@ -18,6 +19,12 @@ pub struct State {
     pub best: Option<(f64, usize)>,
     /// The run's config as JSON: a checkpoint of another config is refused.
     pub config: serde_json::Value,
+    /// What the guard against spikes has seen.
+    #[serde(default)]
+    pub guard: guard::Seen,
+    /// The hash of the distillation's teacher, whose tensors the checkpoint does not repeat.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<String>,
 }
 
 /// A checkpoint as it was read.
@@ -29,10 +36,13 @@ pub struct Checkpoint {
     pub model: Tensors,
     /// The optimizer's moments.
     pub optimizer: Tensors,
+    /// The moving average of the weights, if the run keeps one.
+    pub average: Option<Tensors>,
 }
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
+const AVERAGE: &str = "average.safetensors";
 const STATE: &str = "state.json";
 
 fn folder(run: &Path) -> PathBuf {
@@ -40,12 +50,16 @@ fn folder(run: &Path) -> PathBuf {
 }
 
 /// Writes `checkpoints/step-N` of the run's folder and removes all but the newest `keep`.
-pub fn write(run: &Path, state: &State, model: &Tensors, optimizer: &Tensors, keep: usize) -> Result<()> {
+pub fn write(run: &Path, checkpoint: &Checkpoint, keep: usize) -> Result<()> {
+    let Checkpoint { state, model, optimizer, average } = checkpoint;
     let folder = folder(run);
     std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
     let temporary = tempfile::Builder::new().prefix(".partial-").tempdir_in(&folder).map_err(Error::io(&folder))?;
     weights::write(&temporary.path().join(MODEL), model, HashMap::new())?;
     weights::write(&temporary.path().join(OPTIMIZER), optimizer, HashMap::new())?;
+    if let Some(average) = average {
+        weights::write(&temporary.path().join(AVERAGE), average, HashMap::new())?;
+    }
     let text = serde_json::to_string_pretty(state).map_err(|e| Error::config(folder.join(STATE), e))?;
     let path = temporary.path().join(STATE);
     files::write_whole(&path, text.as_bytes()).map_err(Error::io(&path))?;
@@ -90,17 +104,21 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// The folder of a run's newest checkpoint, if it has one.
+pub fn newest_folder(run: &Path) -> Result<Option<PathBuf>> {
+    let folder = folder(run);
+    if folder.exists() { Ok(list(&folder)?.pop()) } else { Ok(None) }
+}
+
 /// The newest checkpoint of a run, if it has one.
 pub fn newest(run: &Path) -> Result<Option<Checkpoint>> {
-    let folder = folder(run);
-    if !folder.exists() {
-        return Ok(None);
-    }
-    let Some(newest) = list(&folder)?.pop() else { return Ok(None) };
+    let Some(newest) = newest_folder(run)? else { return Ok(None) };
     let path = newest.join(STATE);
     let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
     let state = serde_json::from_str(&text).map_err(|e| Error::config(&path, e))?;
     let model = weights::read_file(&newest.join(MODEL))?;
     let optimizer = weights::read_file(&newest.join(OPTIMIZER))?;
-    Ok(Some(Checkpoint { state, model, optimizer }))
+    let average = newest.join(AVERAGE);
+    let average = average.exists().then(|| weights::read_file(&average)).transpose()?;
+    Ok(Some(Checkpoint { state, model, optimizer, average }))
 }

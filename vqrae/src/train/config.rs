@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
-use super::data::Photos;
+use super::data::{Photos, ResizedCrop, Sizes};
 use super::loss;
 use super::optimizer;
 use super::schedule::Rate;
+use super::stage::Stage;
 use super::{Event, Observer, start};
 use crate::error::{Error, Result};
 use crate::image::{Preprocessor, Resample, ResizeMode};
@@ -23,6 +24,9 @@ use crate::{decoder, encoder, latent, quantizer, recipe};
 pub struct Config {
     /// Where the weights come from.
     pub start: Start,
+    /// Which of the paper's stages this is; where it is not said, what the rates make of it, without a teacher.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stage: Option<Stage>,
     /// How long, how large, how often.
     pub train: Run,
     /// The weights of the loss terms.
@@ -51,6 +55,16 @@ pub enum Start {
     Random,
     /// The best linear tokenizer of the photos; see [`start`].
     PrincipalComponents(start::Config),
+}
+
+impl Start {
+    /// The model folder that the run starts from, if it does.
+    pub(super) fn folder(&self) -> Option<&Path> {
+        match self {
+            Self::Folder { path } => Some(path),
+            _ => None,
+        }
+    }
 }
 
 /// The model to train.
@@ -92,7 +106,10 @@ pub struct Run {
     pub steps: usize,
     /// Images a step.
     pub batch_size: usize,
-    /// Steps in which the learning rates rise.
+    /// Parts in which a step's images go through the network, their gradients summed: less memory, the same step. What
+    /// compares the images of a batch (entropies, dynamic STE) sees a part at a time.
+    pub accumulate: usize,
+    /// Steps in which the learning rates rise, of groups that do not say their own.
     pub warmup_steps: usize,
     /// Seed of weights, order and crops.
     pub seed: u64,
@@ -110,6 +127,23 @@ pub struct Run {
     pub resize_mode: ResizeMode,
     /// Dtype of the model that is written: `f32` or `f16`.
     pub save_dtype: String,
+    /// γ of a moving average of the weights, which is validated and written in their place; zero keeps none.
+    pub ema_decay: f64,
+    /// A step whose gradient's norm is above this many times the median of the last hundred is skipped; zero skips only steps
+    /// whose loss or gradient is not finite.
+    pub guard: f64,
+    /// More skipped steps in a row than this end the run.
+    pub max_skipped: usize,
+    /// Whether a block keeps only its input for the backward pass, which computes the rest again: the same gradients, less
+    /// memory, a third to a half more time.
+    pub checkpoint_blocks: bool,
+    /// Sizes of training images, `HEIGHTxWIDTH`, of which every step draws one; the encoder's own where there are none.
+    pub sizes: Vec<String>,
+    /// Random resized crops; where it is not said, the short side is brought to the crop's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crop: Option<ResizedCrop>,
+    /// Whether to write TensorBoard's files too.
+    pub tensorboard: bool,
 }
 
 impl Default for Run {
@@ -126,6 +160,14 @@ impl Default for Run {
             sheet_images: 16,
             resize_mode: ResizeMode::Squash,
             save_dtype: "f32".to_string(),
+            accumulate: 1,
+            ema_decay: 0.0,
+            guard: 0.0,
+            max_skipped: 10,
+            checkpoint_blocks: false,
+            sizes: Vec::new(),
+            crop: None,
+            tensorboard: true,
         }
     }
 }
@@ -138,9 +180,52 @@ impl Run {
             other => Err(Error::Training(format!("train.save_dtype is `{other}`, expected: `f32` or `f16`"))),
         }
     }
+
+    /// The sizes that steps choose from; `own` where the config names none.
+    pub(super) fn buckets(&self, own: (usize, usize), model: &model::Config) -> Result<Vec<Sizes>> {
+        let sides = |text: &str| text.split_once('x').and_then(|(h, w)| Some((h.parse().ok()?, w.parse().ok()?)));
+        let wrong =
+            |text: &str| Error::Training(format!("train.sizes has `{text}`, expected: HEIGHTxWIDTH, as 256x256"));
+        let size = |text: &String| Sizes::of(sides(text).ok_or_else(|| wrong(text))?, model);
+        match self.sizes.is_empty() {
+            true => Ok(vec![Sizes::of(own, model)?]),
+            false => self.sizes.iter().map(size).collect(),
+        }
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        if self.batch_size == 0 || self.batch_size > 1 << 16 {
+            return Err(format!("train.batch_size is {}, expected: 1 to 65536", self.batch_size));
+        }
+        if self.accumulate == 0 || !self.batch_size.is_multiple_of(self.accumulate) {
+            let (parts, size) = (self.accumulate, self.batch_size);
+            return Err(format!("train.accumulate is {parts}, expected: a divisor of train.batch_size = {size}"));
+        }
+        if !(0.0..1.0).contains(&self.ema_decay) {
+            return Err(format!("train.ema_decay is {}, expected: 0 or more, less than 1", self.ema_decay));
+        }
+        if !(self.guard >= 0.0 && self.guard.is_finite()) {
+            return Err(format!("train.guard is {}, expected: 0 or more", self.guard));
+        }
+        self.crop.map_or(Ok(()), |crop| crop.check())?;
+        self.save_dtype().map(|_| ()).map_err(|e| e.to_string())
+    }
 }
 
-/// The learning rates of the three stages; a peak of zero freezes one.
+/// The groups of parameters, each with a rate of its own.
+pub(super) const GROUPS: [&str; 3] = ["encoder", "quantizer", "decoder"];
+
+/// The group of a parameter, by its name.
+pub(super) fn group(name: &str) -> &'static str {
+    match name.split('.').next() {
+        Some("encoder") => "encoder",
+        Some("quantizer" | "fusion") => "quantizer",
+        Some("discriminator") => "discriminator",
+        _ => "decoder",
+    }
+}
+
+/// The learning rates of the groups; a peak of zero freezes one.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Groups {
@@ -153,11 +238,12 @@ pub struct Groups {
 }
 
 impl Groups {
-    /// The rate of a parameter.
+    /// The rate of a parameter. `discriminator.…` is no part of a model and frozen as far as this goes.
     pub fn of(&self, name: &str) -> Rate {
-        match name.split('.').next() {
-            Some("encoder") => self.encoder,
-            Some("quantizer" | "fusion") => self.quantizer,
+        match group(name) {
+            "encoder" => self.encoder,
+            "quantizer" => self.quantizer,
+            "discriminator" => Rate::FROZEN,
             _ => self.decoder,
         }
     }
@@ -190,9 +276,6 @@ impl Config {
                 .to_string());
         }
         let (train, optimizer) = (&self.train, &self.optimizer);
-        if train.batch_size == 0 || train.batch_size > 1 << 16 {
-            return Err(format!("train.batch_size is {}, expected: 1 to 65536", train.batch_size));
-        }
         for (name, rate) in
             [("encoder", self.groups.encoder), ("quantizer", self.groups.quantizer), ("decoder", self.groups.decoder)]
         {
@@ -204,7 +287,10 @@ impl Config {
             return Err(format!("optimizer.max_grad_norm is {}, expected: more than 0", optimizer.max_grad_norm));
         }
         self.loss.check()?;
-        train.save_dtype().map(|_| ()).map_err(|e| e.to_string())
+        if let Some(stage) = &self.stage {
+            stage.check(self.groups.encoder.peak, &self.model.config())?;
+        }
+        train.check()
     }
 
     /// The model's config, its preprocessor and the tensors of step 0 (none when a checkpoint `resumes`).
@@ -214,15 +300,7 @@ impl Config {
         resumes: bool,
         tell: Observer,
     ) -> Result<(model::Config, Preprocessor, Tensors)> {
-        let config = self.model.config();
-        let mut preprocessor = Preprocessor::siglip(self.model.encoder.image_size(), Resample::Bicubic);
-        preprocessor = preprocessor.by(self.train.resize_mode, self.model.encoder.patch());
-        if let Start::Folder { path } = &self.start {
-            if Model::of_folder(path)? != self.model {
-                return Err(Error::config(path, "its config.json differs from the run's [model] section"));
-            }
-            preprocessor = Preprocessor::from_file(&path.join("preprocessor_config.json"))?;
-        }
+        let (config, preprocessor) = (self.model.config(), self.preprocessor()?);
         if resumes {
             return Ok((config, preprocessor, Tensors::new()));
         }
@@ -234,19 +312,25 @@ impl Config {
                 let note = |text: &str| {
                     let _ = tell(Event::Note(text));
                 };
-                start::principal_components(
-                    &mut tensors,
-                    &config,
-                    start,
-                    photos,
-                    &preprocessor,
-                    self.train.seed,
-                    note,
-                )?;
+                let seed = self.train.seed;
+                start::principal_components(&mut tensors, &config, start, photos, &preprocessor, seed, note)?;
                 tensors
             }
         };
         Ok((config, preprocessor, tensors))
+    }
+
+    /// How photos become the encoder's input.
+    pub(super) fn preprocessor(&self) -> Result<Preprocessor> {
+        let mut preprocessor = Preprocessor::siglip(self.model.encoder.image_size(), Resample::Bicubic);
+        preprocessor = preprocessor.by(self.train.resize_mode, self.model.encoder.patch());
+        if let Start::Folder { path } = &self.start {
+            if Model::of_folder(path)? != self.model {
+                return Err(Error::config(path, "its config.json differs from the run's [model] section"));
+            }
+            preprocessor = Preprocessor::from_file(&path.join("preprocessor_config.json"))?;
+        }
+        Ok(preprocessor)
     }
 }
 

@@ -1,125 +1,16 @@
 //! Photos for training: which ones make up a step is a pure function of (seed, step), so that resuming needs no state.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+mod photos;
+
+pub use photos::Photos;
 
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::image::{self, Limits, Preprocessor, ResizeMode, Rgb};
+use crate::image::{self, Preprocessor, ResizeMode, Rgb};
 use crate::{model, vit};
-
-/// Photos in a folder (with its folders) or a tar.
-#[derive(Debug)]
-pub struct Photos {
-    path: PathBuf,
-    entries: Vec<Entry>,
-    tar: Option<Mutex<File>>,
-}
-
-#[derive(Debug)]
-struct Entry {
-    name: String,
-    /// First byte and length within the tar; unused for a folder.
-    range: (u64, u64),
-}
-
-/// Endings of the files that are taken from a folder or tar.
-const ENDINGS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"];
-
-fn is_photo(path: &Path) -> bool {
-    let ending = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
-    ENDINGS.contains(&ending.as_str())
-}
-
-impl Photos {
-    /// Lists the photos of a folder or of a tar, in the order of their names' bytes.
-    pub fn list(path: &Path) -> Result<Self> {
-        let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
-        let (mut entries, tar) = if metadata.is_dir() {
-            let mut entries = Vec::new();
-            walk(path, path, &mut entries)?;
-            (entries, None)
-        } else {
-            (list_tar(path)?, Some(Mutex::new(File::open(path).map_err(Error::io(path))?)))
-        };
-        entries.sort_by(|a, b| a.name.as_bytes().cmp(b.name.as_bytes()));
-        if entries.is_empty() {
-            return Err(Error::Training(format!("no photos under {}", path.display())));
-        }
-        Ok(Self { path: path.to_path_buf(), entries, tar })
-    }
-
-    /// How many.
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// Whether there are none; [`Photos::list`] refuses that.
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
-    /// Reads and decodes one.
-    pub fn open(&self, index: usize) -> Result<Rgb> {
-        let entry = &self.entries[index];
-        let path = self.path.join(&entry.name);
-        let Some(tar) = &self.tar else { return Ok(image::open(&path, &Limits::default())?) };
-        let mut bytes = vec![0; entry.range.1 as usize];
-        let mut file = tar.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        file.seek(SeekFrom::Start(entry.range.0))
-            .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(Error::io(&path))?;
-        drop(file);
-        image::decode(&bytes, &Limits::default()).map_err(|kind| self.unusable(index, kind))
-    }
-
-    /// The error that names a photo.
-    pub(super) fn unusable(&self, index: usize, kind: image::ErrorKind) -> Error {
-        image::Error::Image { path: self.path.join(&self.entries[index].name), kind }.into()
-    }
-
-    /// The photo that stands at `position` of an endless sequence of shuffled epochs.
-    fn at(&self, order: &mut Order, position: usize) -> usize {
-        let n = self.len();
-        if order.epoch != Some(position / n) {
-            order.photos = (0..n).collect();
-            order.photos.shuffle(&mut generator(order.seed, "epoch", position / n));
-            order.epoch = Some(position / n);
-        }
-        order.photos[position % n]
-    }
-}
-
-fn walk(root: &Path, folder: &Path, entries: &mut Vec<Entry>) -> Result<()> {
-    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
-        let path = entry.map_err(Error::io(folder))?.path();
-        if path.is_dir() {
-            walk(root, &path, entries)?;
-        } else if is_photo(&path) {
-            let name = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned();
-            entries.push(Entry { name, range: (0, 0) });
-        }
-    }
-    Ok(())
-}
-
-fn list_tar(path: &Path) -> Result<Vec<Entry>> {
-    let mut archive = tar::Archive::new(File::open(path).map_err(Error::io(path))?);
-    let mut entries = Vec::new();
-    for entry in archive.entries_with_seek().map_err(Error::io(path))? {
-        let entry = entry.map_err(Error::io(path))?;
-        let name = entry.path().map_err(Error::io(path))?.into_owned();
-        if entry.header().entry_type().is_file() && is_photo(&name) {
-            let range = (entry.raw_file_position(), entry.size());
-            entries.push(Entry { name: name.to_string_lossy().into_owned(), range });
-        }
-    }
-    Ok(entries)
-}
 
 /// The order of the epoch at hand.
 #[derive(Debug)]
@@ -127,6 +18,23 @@ struct Order {
     seed: u64,
     epoch: Option<usize>,
     photos: Vec<usize>,
+}
+
+impl Order {
+    /// The photo, of `n`, that stands at `position` of an endless sequence of shuffled epochs.
+    fn at(&mut self, position: usize, n: usize) -> usize {
+        if self.epoch != Some(position / n) {
+            self.photos = (0..n).collect();
+            self.photos.shuffle(&mut generator(self.seed, "epoch", position / n));
+            self.epoch = Some(position / n);
+        }
+        self.photos[position % n]
+    }
+}
+
+/// Which of `count` sizes the images of a step have.
+pub fn bucket(seed: u64, step: usize, count: usize) -> usize {
+    if count < 2 { 0 } else { generator(seed, "bucket", step).random_range(0..count) }
 }
 
 /// A generator for one purpose and one index of it.
@@ -181,12 +89,68 @@ pub struct Views {
     pub target: Rgb,
 }
 
+/// A window of random area and aspect ratio, as torchvision's `RandomResizedCrop` draws it; it is then resized to the crop's
+/// size.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ResizedCrop {
+    /// Least and largest share of the photo's area.
+    pub scale: [f64; 2],
+    /// Least and largest width over height, for a square crop; for others times the crop's own.
+    pub ratio: [f64; 2],
+}
+
+impl Default for ResizedCrop {
+    fn default() -> Self {
+        Self { scale: [0.08, 1.0], ratio: [3.0 / 4.0, 4.0 / 3.0] }
+    }
+}
+
+impl ResizedCrop {
+    /// Whether the numbers make sense; the error names the key.
+    pub(super) fn check(&self) -> std::result::Result<(), String> {
+        let rises = |[low, high]: [f64; 2]| low > 0.0 && low <= high && high.is_finite();
+        if !rises(self.scale) || self.scale[1] > 1.0 {
+            return Err(format!(
+                "train.crop.scale is {:?}, expected: two shares of the area, the smaller first",
+                self.scale
+            ));
+        }
+        if !rises(self.ratio) {
+            return Err(format!(
+                "train.crop.ratio is {:?}, expected: two numbers above 0, the smaller first",
+                self.ratio
+            ));
+        }
+        Ok(())
+    }
+
+    /// Top, left, height and width of a window in a photo for a crop of `crop` pixels. Where ten draws do not fit, the largest
+    /// window in the middle.
+    fn window(&self, photo: (usize, usize), crop: (usize, usize), random: &mut ChaCha8Rng) -> [usize; 4] {
+        let (height, width) = photo;
+        let own = crop.1 as f64 / crop.0 as f64;
+        let [low, high] = self.ratio.map(|ratio| (ratio * own).ln());
+        for _ in 0..10 {
+            let area = (height * width) as f64 * random.random_range(self.scale[0]..=self.scale[1]);
+            let ratio = random.random_range(low..=high).exp();
+            let (w, h) = ((area * ratio).sqrt().round() as usize, (area / ratio).sqrt().round() as usize);
+            if (1..=width).contains(&w) && (1..=height).contains(&h) {
+                return [random.random_range(0..=height - h), random.random_range(0..=width - w), h, w];
+            }
+        }
+        let w = width.min((height as f64 * own).round() as usize).max(1);
+        let h = height.min((width as f64 / own).round() as usize).max(1);
+        [(height - h) / 2, (width - w) / 2, h, w]
+    }
+}
+
 /// Random crops, half of them mirrored, of a [`Photos`].
 #[derive(Debug)]
 pub struct Crops<'a> {
     photos: &'a Photos,
     preprocessor: &'a Preprocessor,
-    sizes: Sizes,
+    resized: Option<ResizedCrop>,
     order: Order,
 }
 
@@ -198,8 +162,10 @@ pub struct Skipped {
 }
 
 /// Several crops, normalised.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Batch {
+    /// The sizes of all of them.
+    pub sizes: Sizes,
     /// For the encoder, `[B, 3, H, W]` in one vector.
     pub inputs: Vec<f32>,
     /// For the decoder to paint, `[B, 3, H', W']`; empty where its size is the encoder's, for these are then the inputs.
@@ -209,54 +175,72 @@ pub struct Batch {
 }
 
 impl<'a> Crops<'a> {
-    /// Crops of these sizes.
-    pub fn new(photos: &'a Photos, preprocessor: &'a Preprocessor, sizes: Sizes, seed: u64) -> Self {
-        Self { photos, preprocessor, sizes, order: Order { seed, epoch: None, photos: Vec::new() } }
+    /// Crops of photos whose short side is brought to the crop's, or `resized` ones.
+    pub fn new(photos: &'a Photos, preprocessor: &'a Preprocessor, resized: Option<ResizedCrop>, seed: u64) -> Self {
+        Self { photos, preprocessor, resized, order: Order { seed, epoch: None, photos: Vec::new() } }
     }
 
-    /// The crops at positions `first .. first + count`. A photo that cannot be used is replaced by the next of the order,
-    /// and told.
-    pub fn batch(&mut self, first: usize, count: usize) -> Result<Batch> {
-        let mut batch = Batch::default();
+    /// The crops of these sizes at positions `first .. first + count`. A photo that cannot be used is replaced by the next of
+    /// the order, and told.
+    pub fn batch(&mut self, first: usize, count: usize, sizes: Sizes) -> Result<Batch> {
+        let mut batch = Batch { sizes, inputs: Vec::new(), targets: Vec::new(), skipped: Vec::new() };
         for position in first..first + count {
-            let Views { input, target } = self.usable(position, &mut batch.skipped)?;
+            let Views { input, target } = self.usable(position, sizes, &mut batch.skipped)?;
             batch.inputs.extend(self.preprocessor.normalize(&input));
-            if self.sizes.input != self.sizes.target {
+            if sizes.input != sizes.target {
                 batch.targets.extend(self.preprocessor.normalize(&target));
             }
         }
         Ok(batch)
     }
 
-    fn usable(&mut self, position: usize, skipped: &mut Vec<Skipped>) -> Result<Views> {
+    fn usable(&mut self, position: usize, sizes: Sizes, skipped: &mut Vec<Skipped>) -> Result<Views> {
         for attempt in 0..self.photos.len() {
-            let photo = self.photos.at(&mut self.order, position + attempt);
+            let photo = self.order.at(position + attempt, self.photos.len());
             let mut random = generator(self.order.seed, "crop", position);
-            match self.photos.open(photo).and_then(|image| self.crop(photo, &image, &mut random)) {
+            match self.photos.open(photo).and_then(|image| self.crop(photo, &image, sizes, &mut random)) {
                 Ok(views) => return Ok(views),
                 Err(error) => skipped.push(Skipped { reason: error.to_string() }),
             }
         }
-        Err(Error::Training(format!("not one photo of {} can be used", self.photos.path.display())))
+        Err(Error::Training(format!("not one photo of {} can be used", self.photos.asked())))
     }
 
-    /// The short side to the crop's, then a random window, mirrored half of the time.
-    fn crop(&self, photo: usize, image: &Rgb, random: &mut ChaCha8Rng) -> Result<Views> {
-        let (h, w) = self.sizes.crop();
+    /// A random window, mirrored half of the time.
+    fn crop(&self, photo: usize, image: &Rgb, sizes: Sizes, random: &mut ChaCha8Rng) -> Result<Views> {
+        let crop = match self.resized {
+            Some(resized) => {
+                let [top, left, h, w] = resized.window((image.height, image.width), sizes.crop(), random);
+                let mirrored = random.random::<bool>();
+                self.resize(&window(image, top, left, (h, w), mirrored), sizes.crop())
+            }
+            None => self.short_side(image, sizes.crop(), random),
+        };
+        let views = |crop: Rgb| sizes.views(crop, self.preprocessor);
+        crop.and_then(views).map_err(|kind| self.photos.unusable(photo, kind))
+    }
+
+    /// The short side to the crop's, then a window.
+    fn short_side(
+        &self,
+        image: &Rgb,
+        (h, w): (usize, usize),
+        random: &mut ChaCha8Rng,
+    ) -> std::result::Result<Rgb, image::ErrorKind> {
         let factor = (h as f64 / image.height as f64).max(w as f64 / image.width as f64);
         let scaled = |side: usize, least: usize| ((side as f64 * factor).round() as usize).max(least);
-        let size = (scaled(image.height, h), scaled(image.width, w));
-        let unusable = |kind| self.photos.unusable(photo, kind);
-        let image = if size == (image.height, image.width) {
-            image.clone()
-        } else {
-            let resize = Preprocessor { size, resize_mode: ResizeMode::Squash, ..self.preprocessor.clone() };
-            resize.prepare(image).map_err(unusable)?
-        };
+        let image = self.resize(image, (scaled(image.height, h), scaled(image.width, w)))?;
         let top = random.random_range(0..=image.height - h);
         let left = random.random_range(0..=image.width - w);
         let mirrored = random.random::<bool>();
-        self.sizes.views(window(&image, top, left, (h, w), mirrored), self.preprocessor).map_err(unusable)
+        Ok(window(&image, top, left, (h, w), mirrored))
+    }
+
+    fn resize(&self, image: &Rgb, size: (usize, usize)) -> std::result::Result<Rgb, image::ErrorKind> {
+        if size == (image.height, image.width) {
+            return Ok(image.clone());
+        }
+        Preprocessor { size, resize_mode: ResizeMode::Squash, ..self.preprocessor.clone() }.prepare(image)
     }
 }
 
@@ -269,4 +253,34 @@ fn window(image: &Rgb, top: usize, left: usize, (h, w): (usize, usize), mirrored
         }
     }
     Rgb { width: w, height: h, data }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_have_the_area_and_the_ratio_asked_for() {
+        let crop = ResizedCrop { scale: [0.25, 0.5], ratio: [0.8, 1.25] };
+        let mut random = generator(1, "test", 0);
+        for _ in 0..500 {
+            let [top, left, h, w] = crop.window((300, 400), (64, 64), &mut random);
+            assert!(top + h <= 300 && left + w <= 400);
+            let (share, ratio) = ((h * w) as f64 / 120_000.0, w as f64 / h as f64);
+            assert!((0.245..0.51).contains(&share) && (0.78..1.28).contains(&ratio), "{share} {ratio}");
+        }
+        // A strip that no draw fits: the largest window in the middle.
+        assert_eq!(
+            ResizedCrop { scale: [1.0, 1.0], ..crop }.window((10, 400), (64, 64), &mut random),
+            [0, 195, 10, 10]
+        );
+    }
+
+    #[test]
+    fn the_bucket_of_a_step_follows_from_the_seed_and_all_are_used() {
+        let buckets: Vec<usize> = (0..60).map(|step| bucket(3, step, 3)).collect();
+        assert_eq!(buckets, (0..60).map(|step| bucket(3, step, 3)).collect::<Vec<_>>());
+        (0..3).for_each(|i| assert!(buckets.iter().filter(|&&b| b == i).count() > 8, "{buckets:?}"));
+        assert_eq!(bucket(3, 5, 1), 0);
+    }
 }

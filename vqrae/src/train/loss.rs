@@ -1,14 +1,17 @@
 //! What training minimises: the error of the pixels, what networks that have learnt to see make of it, and the quantizer's
-//! own loss (VQRAE, arXiv 2511.23386, §3.3, and TiTok's code, from which its perceptual terms come).
+//! own loss, each a mean over the batch, and their weighted sum (VQRAE, arXiv 2511.23386, §3.3, and TiTok's code, from which
+//! its perceptual terms come; in stage 2 a distillation joins them, see [`stage`](super::stage)).
 
 use std::path::PathBuf;
 
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::stage::Target;
 use crate::error::Result;
 use crate::image::Preprocessor;
 use crate::perceptual::{Backbone, ConvNext, Lpips};
+use crate::quantizer::{Quantized, Quantizer};
 
 /// The weights of the terms; a term of weight zero is not computed, except the first.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -84,20 +87,46 @@ impl Weights {
     }
 }
 
-/// The weights, and the networks that some terms need.
+/// What the terms are computed of: one batch, or one part of it where gradients are accumulated.
 #[derive(Debug)]
-pub struct Loss {
+pub struct Seen<'a> {
+    /// The pixels to paint, normalised, `[B, 3, H', W']`.
+    pub pixels: &'a Tensor,
+    /// What was painted, in the same range and shape.
+    pub painted: &'a Tensor,
+    /// What says how they are normalised.
+    pub preprocessor: &'a Preprocessor,
+    /// The encoder's output `[B, N, D]`, two states side by side where features are fused of them.
+    pub states: &'a Tensor,
+    /// The features that were quantised, `[B, N, D]`.
+    pub features: &'a Tensor,
+    /// What quantising them gave.
+    pub quantized: &'a Quantized,
+    /// What has quantised them.
+    pub quantizer: &'a Quantizer,
+    /// The frozen teacher's output for the same pixels, in the shape of `states`.
+    pub teacher: Option<&'a Tensor>,
+}
+
+/// The losses of a run: the weights, and the networks that some terms need.
+#[derive(Debug)]
+pub struct Losses {
     weights: Weights,
     lpips: Option<(f64, Lpips)>,
     convnext: Option<(f64, ConvNext)>,
+    /// What distillation compares, and its weight.
+    distillation: Option<(Target, f64)>,
 }
 
-impl Loss {
-    /// Reads the networks that the weights ask for.
+/// The name of the mean squared error of the pixels.
+pub(super) const RECONSTRUCTION: &str = "reconstruction";
+
+impl Losses {
+    /// Reads the networks that the weights ask for; with a distillation if there is one.
     ///
     /// # Errors
     /// If a file is missing or is not such a network.
-    pub fn open(weights: &Weights, device: &Device) -> Result<Self> {
+    pub fn open(weights: &Weights, distillation: Option<(Target, f64)>, device: &Device) -> Result<Self> {
         let lpips = match weights.perceptual.as_ref().filter(|term| term.weight > 0.0) {
             Some(term) => Some((term.weight, Lpips::open(&term.weights, term.network, device)?)),
             None => None,
@@ -106,12 +135,22 @@ impl Loss {
             Some(term) => Some((term.weight, ConvNext::open(&term.weights, device)?)),
             None => None,
         };
-        Ok(Self { weights: weights.clone(), lpips, convnext })
+        Ok(Self { weights: weights.clone(), lpips, convnext, distillation })
+    }
+
+    /// The terms of what was seen.
+    pub fn terms(&self, seen: &Seen) -> candle_core::Result<Terms> {
+        let quantizer = seen.quantizer.loss(seen.quantized)?;
+        let mut terms = self.of_pixels(seen.preprocessor, seen.pixels, seen.painted, quantizer)?;
+        if let Some((target, weight)) = self.distillation {
+            terms.add("distillation", weight, target.compare(seen)?)?;
+        }
+        Ok(terms)
     }
 
     /// The terms for pixels and their reconstruction, `[B, 3, H, W]` each as `preprocessor` normalises them, and the
     /// quantizer's loss. What the networks see of the reconstruction is not clamped, so that every pixel has a gradient.
-    pub fn terms(
+    pub fn of_pixels(
         &self,
         preprocessor: &Preprocessor,
         pixels: &Tensor,
@@ -122,7 +161,7 @@ impl Loss {
         let difference = (painted - pixels)?;
         let reconstruction = difference.sqr()?.mean_all()?;
         let total = (&reconstruction * self.weights.reconstruction)?;
-        let mut terms = Terms { total, named: vec![("reconstruction", reconstruction)] };
+        let mut terms = Terms { total, named: vec![(RECONSTRUCTION, reconstruction)] };
         terms.add("quantizer", self.weights.quantizer, quantizer)?;
         if self.weights.l1 > 0.0 {
             terms.add("l1", self.weights.l1, difference.abs()?.mean_all()?)?;

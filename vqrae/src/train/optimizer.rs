@@ -52,27 +52,22 @@ impl AdamW {
         Self { config, moments }
     }
 
-    /// One step, counted from 0; `rate` gives a parameter's learning rate by its name. Returns the norm of all
-    /// gradients before clipping; a norm that is not finite changes nothing.
+    /// One step; `taken` are those before it, `rate` gives a parameter's learning rate by its name.
     pub fn step(
         &mut self,
         parameters: &BTreeMap<String, Var>,
-        gradients: &GradStore,
-        step: usize,
+        gradients: &Gradients,
+        taken: usize,
         rate: impl Fn(&str) -> f64 + Sync,
-    ) -> Result<f64> {
-        let gradients = collect(parameters, gradients)?;
-        let norm = gradients.values().map(|g| squares(g)).sum::<f64>().sqrt();
-        if !norm.is_finite() {
-            return Ok(norm);
-        }
+    ) -> Result<()> {
+        let norm = gradients.norm();
         let clip = if norm > self.config.max_grad_norm { self.config.max_grad_norm / norm } else { 1.0 };
         let config = self.config;
-        let correction = [config.beta1, config.beta2].map(|beta| 1.0 - beta.powf((step + 1) as f64));
+        let correction = [config.beta1, config.beta2].map(|beta| 1.0 - beta.powf((taken + 1) as f64));
         self.moments.par_iter_mut().try_for_each(|(name, moments)| -> Result<()> {
-            let (Some(var), Some(gradient)) = (parameters.get(name), gradients.get(name)) else { return Ok(()) };
+            let (Some(var), Some(gradient)) = (parameters.get(name), gradients.0.get(name)) else { return Ok(()) };
             let rate = rate(name);
-            let decay = if decays(name, var) { rate * config.weight_decay } else { 0.0 };
+            let decay = if decays(name, var.rank()) { rate * config.weight_decay } else { 0.0 };
             let mut values = var.flatten_all()?.to_vec1::<f32>()?;
             let (b1, b2) = (config.beta1 as f32, config.beta2 as f32);
             let scale = (rate / correction[0]) as f32;
@@ -85,8 +80,7 @@ impl AdamW {
                 *value -= decay as f32 * *value + scale * *first / ((*second * root).sqrt() + config.eps as f32);
             }
             Ok(var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?)
-        })?;
-        Ok(norm)
+        })
     }
 
     /// The moments as tensors, `first.NAME` and `second.NAME`.
@@ -127,15 +121,57 @@ fn wrong(reason: String) -> Error {
     Error::Training(format!("the checkpoint's optimizer state does not fit the config: {reason}"))
 }
 
-/// The gradients by name. A parameter without one is a bug that training would hide: an error.
-fn collect(parameters: &BTreeMap<String, Var>, gradients: &GradStore) -> Result<BTreeMap<String, Vec<f32>>> {
-    let gradient = |(name, var): (&String, &Var)| {
-        let gradient = gradients
-            .get(var.as_tensor())
-            .ok_or_else(|| Error::Training(format!("parameter `{name}` received no gradient")))?;
-        Ok((name.clone(), gradient.flatten_all()?.to_vec1::<f32>()?))
-    };
-    parameters.iter().map(gradient).collect()
+/// The gradients of parameters by name, each in one vector.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Gradients(BTreeMap<String, Vec<f32>>);
+
+impl Gradients {
+    /// Those of one backward pass.
+    ///
+    /// # Errors
+    /// A parameter without a gradient is a bug that training would hide.
+    pub fn of(parameters: &BTreeMap<String, Var>, store: &GradStore) -> Result<Self> {
+        let gradient = |(name, var): (&String, &Var)| {
+            let gradient = store
+                .get(var.as_tensor())
+                .ok_or_else(|| Error::Training(format!("parameter `{name}` received no gradient")))?;
+            Ok((name.clone(), gradient.flatten_all()?.to_vec1::<f32>()?))
+        };
+        parameters.iter().map(gradient).collect::<Result<_>>().map(Self)
+    }
+
+    /// Adds those of another part of the batch.
+    pub fn add(&mut self, other: Self) {
+        for (name, values) in other.0 {
+            match self.0.get_mut(&name) {
+                Some(sum) => sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value),
+                None => {
+                    self.0.insert(name, values);
+                }
+            }
+        }
+    }
+
+    /// Turns a sum over `parts` parts of the batch into the mean.
+    pub fn divide(&mut self, parts: usize) {
+        if parts > 1 {
+            self.0.par_iter_mut().for_each(|(_, values)| values.iter_mut().for_each(|value| *value /= parts as f32));
+        }
+    }
+
+    /// The norm of all of them together.
+    pub fn norm(&self) -> f64 {
+        self.0.values().map(|values| squares(values)).sum::<f64>().sqrt()
+    }
+
+    /// The norm of each group of parameters, which the first word of a name tells.
+    pub fn norms(&self) -> BTreeMap<String, f64> {
+        let mut sums = BTreeMap::<String, f64>::new();
+        for (name, values) in &self.0 {
+            *sums.entry(super::config::group(name).to_string()).or_default() += squares(values);
+        }
+        sums.into_iter().map(|(group, sum)| (group, sum.sqrt())).collect()
+    }
 }
 
 fn squares(values: &[f32]) -> f64 {
@@ -143,6 +179,6 @@ fn squares(values: &[f32]) -> f64 {
 }
 
 /// Whether weight decay applies: matrices only.
-pub fn decays(name: &str, var: &Var) -> bool {
-    var.rank() >= 2 && !name.contains("position_embedding") && !name.ends_with("codebook")
+pub fn decays(name: &str, rank: usize) -> bool {
+    rank >= 2 && !name.contains("position_embedding") && !name.ends_with("codebook")
 }

@@ -156,11 +156,11 @@ fn draw(n: usize, p: usize, photos: &Photos, preprocessor: &Preprocessor, seed: 
     const OF_A_CROP: usize = 64;
     let (h, w) = preprocessor.size;
     let sizes = data::Sizes { input: (h, w), target: (h, w) };
-    let mut crops = Crops::new(photos, preprocessor, sizes, seed);
+    let mut crops = Crops::new(photos, preprocessor, None, seed);
     let mut random = generator(seed, "patches", 0);
     let mut patches = Vec::with_capacity(n * 3 * p * p);
     for crop in 0..n.div_ceil(OF_A_CROP) {
-        let pixels = crops.batch(crop, 1)?.inputs;
+        let pixels = crops.batch(crop, 1, sizes)?.inputs;
         for _ in 0..OF_A_CROP.min(n - crop * OF_A_CROP) {
             let (top, left) = (random.random_range(0..=h - p), random.random_range(0..=w - p));
             for row in (0..3).flat_map(|c| (0..p).map(move |y| c * h * w + (top + y) * w + left)) {

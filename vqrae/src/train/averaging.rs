@@ -1,0 +1,79 @@
+//! A moving average of the trained weights (Polyak & Juditsky, 1992), which is validated and written in their place.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor, Var};
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::weights::Tensors;
+
+/// `a ← γ a + (1 − γ) w` after every step, from the weights that the run starts with. A quantizer's moving averages are not
+/// averaged again: they are taken as they are.
+#[derive(Debug)]
+pub(super) struct WeightAverage {
+    decay: f32,
+    values: BTreeMap<String, Vec<f32>>,
+}
+
+impl WeightAverage {
+    pub(super) fn new(decay: f64, parameters: &BTreeMap<String, Var>) -> Result<Self> {
+        let values = |(name, var): (&String, &Var)| Ok((name.clone(), var.flatten_all()?.to_vec1::<f32>()?));
+        Ok(Self { decay: decay as f32, values: parameters.iter().map(values).collect::<Result<_>>()? })
+    }
+
+    /// Follows the weights after a step.
+    pub(super) fn follow(&mut self, parameters: &BTreeMap<String, Var>) -> Result<()> {
+        let decay = self.decay;
+        self.values.par_iter_mut().try_for_each(|(name, values)| {
+            let Some(var) = parameters.get(name) else { return Ok(()) };
+            let new = var.flatten_all()?.to_vec1::<f32>()?;
+            values.iter_mut().zip(new).for_each(|(old, new)| *old = decay * *old + (1.0 - decay) * new);
+            Ok(())
+        })
+    }
+
+    /// The averages in the shapes of the parameters.
+    pub(super) fn tensors(&self, parameters: &BTreeMap<String, Var>) -> Result<Tensors> {
+        let tensor = |(name, var): (&String, &Var)| {
+            let values = self.values.get(name).ok_or_else(|| missing(name))?;
+            Ok((name.clone(), Tensor::from_slice(values, var.shape(), &Device::Cpu)?))
+        };
+        parameters.iter().map(tensor).collect()
+    }
+
+    /// Goes on from what a checkpoint has.
+    pub(super) fn load(&mut self, mut tensors: Tensors) -> Result<()> {
+        for (name, values) in &mut self.values {
+            let tensor = tensors.remove(name).ok_or_else(|| missing(name))?;
+            let loaded = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            if loaded.len() != values.len() {
+                return Err(missing(name));
+            }
+            *values = loaded;
+        }
+        Ok(())
+    }
+}
+
+fn missing(name: &str) -> Error {
+    Error::Training(format!("the checkpoint has no average of `{name}` in its size; train in a new --output-dir"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_steps_by_hand() {
+        let var = Var::new(&[4f32, 8.0], &Device::Cpu).unwrap();
+        let parameters = BTreeMap::from([("w".to_string(), var.clone())]);
+        let mut average = WeightAverage::new(0.75, &parameters).unwrap();
+        for values in [[0f32, 8.0], [0.0, 0.0]] {
+            var.set(&Tensor::new(&values, &Device::Cpu).unwrap()).unwrap();
+            average.follow(&parameters).unwrap();
+        }
+        assert_eq!(average.tensors(&parameters).unwrap()["w"].to_vec1::<f32>().unwrap(), [2.25, 6.0]);
+        assert!(average.load(Tensors::new()).is_err());
+    }
+}
