@@ -44,9 +44,8 @@ struct Block {
     bias: Tensor,
     norm: LayerNorm,
     fc1: Linear,
+    /// With the layer scale in its weights.
     fc2: Linear,
-    /// `[C]`.
-    layer_scale: Tensor,
 }
 
 /// Widths and depths of the stages, and the number of classes.
@@ -136,36 +135,43 @@ impl Block {
     fn load(vb: &VarBuilder, width: usize) -> Result<Self> {
         const KERNEL: usize = 7;
         let block = vb.pp("block");
+        let scale = vb.get((width, 1, 1), "layer_scale")?.flatten_all()?;
+        let fc2 = Linear::load(block.pp(5), 4 * width, width)?;
+        let weight = fc2.weight.broadcast_mul(&scale.reshape((width, 1))?)?;
         Ok(Self {
             weight: block.pp(0).get((width, 1, KERNEL, KERNEL), "weight")?,
             bias: block.pp(0).get(width, "bias")?,
             norm: LayerNorm::load(block.pp(2), width, EPS)?,
             fc1: Linear::load(block.pp(3), width, 4 * width)?,
-            fc2: Linear::load(block.pp(5), 4 * width, width)?,
-            layer_scale: vb.get((width, 1, 1), "layer_scale")?.flatten_all()?,
+            fc2: Linear { weight, bias: (fc2.bias * scale)? },
         })
     }
 
     /// `[B, C, h, w]` to the same.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (_, _, h, w) = x.dims4()?;
         let mixed = depthwise_conv2d(x, &self.weight, Some(&self.bias), Window { stride: 1, padding: 3 })?;
-        let tokens = self.norm.forward(&channels_last(&mixed)?)?; // [B,h,w,C]
+        let tokens = self.norm.forward(&to_tokens(&mixed)?)?;
         let tokens = self.fc2.forward(&gelu_erf(&self.fc1.forward(&tokens)?)?)?;
-        x + channels_first(&tokens.broadcast_mul(&self.layer_scale)?)?
+        x + to_planes(&tokens, h, w)?
     }
 }
 
-fn channels_last(x: &Tensor) -> Result<Tensor> {
-    x.permute((0, 2, 3, 1))?.contiguous()
+/// `[B, C, h, w]` to `[B, h·w, C]`.
+fn to_tokens(x: &Tensor) -> Result<Tensor> {
+    x.flatten_from(2)?.transpose(1, 2)?.contiguous()
 }
 
-fn channels_first(x: &Tensor) -> Result<Tensor> {
-    x.permute((0, 3, 1, 2))?.contiguous()
+/// `[B, h·w, C]` to `[B, C, h, w]`.
+fn to_planes(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
+    let (b, _, c) = x.dims3()?;
+    x.transpose(1, 2)?.contiguous()?.reshape((b, c, h, w))
 }
 
 /// A layer norm over the channels of `[B, C, h, w]`.
 fn norm_channels(norm: &LayerNorm, x: &Tensor) -> Result<Tensor> {
-    channels_first(&norm.forward(&channels_last(x)?)?)
+    let (_, _, h, w) = x.dims4()?;
+    to_planes(&norm.forward(&to_tokens(x)?)?, h, w)
 }
 
 /// `[B, C, H, W]` to `[B, C, side, side]`, bilinear with antialiasing, as PyTorch's `interpolate` without aligned corners.
