@@ -2,6 +2,7 @@
 
 mod codes;
 mod compare;
+mod convert;
 mod encoders;
 mod features;
 mod folders;
@@ -12,7 +13,9 @@ mod inference;
 mod invariance;
 mod model;
 mod ops;
+mod pairs;
 mod parity;
+mod perceptual;
 mod quantizers;
 mod simvq;
 mod vq;

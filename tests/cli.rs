@@ -824,3 +824,25 @@ mod signals {
         }
     }
 }
+
+#[test]
+fn a_converted_checkpoint_tokenizes_and_reconstructs() {
+    let bench = Bench::with_photos(2);
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/convert");
+    std::fs::copy(fixtures.join("fork-siglip/checkpoint.pt"), bench.path("ep.pt")).expect("a checkpoint");
+    std::fs::copy(fixtures.join("vqp-fsq/checkpoint.pt"), bench.path("fsq.pt")).expect("a checkpoint");
+    let heads = "--set encoder.num_attention_heads=2 --set decoder.num_attention_heads=3";
+    let run = bench.run(&format!("convert ep.pt -o converted {heads}")).exits(0);
+    assert!(run.stdout.contains("fork-siglip") && run.stdout.contains("ema"), "{}", run.stdout);
+    bench.run("tokenize photos -o out --model converted --reconstruct --dtype f32").exits(0);
+    assert!(bench.path("out/reconstructions/0000.png.png").exists());
+    bench.run("convert fsq.pt --set quantizer.levels=[5,4,3] --base converted -o another").exits(0);
+    bench.run("tokenize photos -o fsq --model another --dtype f32").exits(0);
+    assert_eq!(Codes::read(bench.path("fsq/codes/0000.png.safetensors")).expect("codes").codebook_size, 60);
+
+    let run = bench.run("convert ep.pt -o other --set a").exits(2);
+    assert!(run.stderr.contains("`a` is not KEY=VALUE"), "{}", run.stderr);
+    let run = bench.run("convert none.pt -o other").exits(1);
+    assert!(run.stderr.contains("no such file or folder"), "{}", run.stderr);
+    assert!(!bench.path("other").exists());
+}

@@ -434,6 +434,32 @@ fn features_are_normalised_before_the_quantizer_and_back_before_the_decoder() {
 }
 
 #[test]
+fn raes_own_file_of_statistics_serves_the_places_of_another_grid() {
+    let place = temporary();
+    let file = fixture("features/stat.pt");
+    let mut wishes = latent("position", false);
+    let error = DINOV2.init(place.path(), &wishes, Some(&file)).unwrap_err().to_string();
+    assert!(error.contains("`mean` [24, 2, 3]") && error.contains("set latent.grid = [h, w]"), "{error}");
+
+    wishes["latent"]["grid"] = json!([2, 3]);
+    let folder = DINOV2.init(place.path(), &wishes, Some(&file)).unwrap();
+    let tensors = weights::read(&folder).unwrap();
+    let given = tensors_of(&fixture("features/features.safetensors"), "statistics");
+    for name in ["mean", "var"] {
+        assert_same_bits(name, &tensors[&format!("latent.{name}")], &given[&format!("position.{name}")]);
+    }
+    let model = open(&folder, DType::F32);
+    assert_eq!(model.encode_to_indices(&noise("fits", &[1, 3, 16, 24])).unwrap().dims(), [1, 2, 3]);
+    let error = model.encode_to_indices(&noise("own", &[1, 3, 32, 32])).unwrap_err().to_string();
+    assert!(error.contains("of the places of a grid of 2×3"), "{error}");
+
+    let mut channels = latent("channel", false);
+    channels["latent"]["grid"] = json!([2, 3]);
+    let error = DINOV2.init(place.path(), &channels, Some(&file)).unwrap_err().to_string();
+    assert!(error.contains("grid is for statistics by position"), "{error}");
+}
+
+#[test]
 fn latents_without_fitting_statistics_are_refused() {
     let place = temporary();
     let plain = open(&DINOV2.init(place.path(), &wishes(&json!({"layer": 1})), None).unwrap(), DType::F32);
@@ -475,7 +501,8 @@ fn training_with_a_frozen_encoder_moves_the_fusion_and_leaves_the_statistics() {
     let run = |output: &Path, resume: bool| {
         let config = vqrae::train::Config::read(&file, &[])?;
         let mut tell = |_: vqrae::train::Event| std::ops::ControlFlow::Continue(());
-        vqrae::train::run(&config, &photos, None, output, resume, &mut tell)
+        let files = vqrae::train::Files { train: vec![photos.clone()], output: output.into(), ..Default::default() };
+        vqrae::train::run(&config, &files, resume, &mut tell)
     };
     let output = place.path().join("run");
     run(&output, false).unwrap();

@@ -148,7 +148,7 @@ fn a_left_over_tensor_is_named() {
         let model = started(folder.path());
         let extra = Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap();
         change(&model, |tensors| drop(tensors.insert(name.to_string(), extra)));
-        assert_refused(open(&model), &[WEIGHTS, "1 tensors that config.json has no use for", &format!("`{name}`")]);
+        assert_refused(open(&model), &[WEIGHTS, "1 tensors that the model has no use for", &format!("`{name}`")]);
     }
 }
 

@@ -88,6 +88,59 @@ fn conv2d_equals_its_plain_sibling() {
 }
 
 #[test]
+fn conv2d_relu_equals_its_plain_sibling() {
+    let window = Window { stride: 1, padding: 1 };
+    assert_siblings(
+        "conv2d_relu",
+        &[("x", noise("x", &[2, 3, 12, 9])), ("weight", noise("w", &[5, 3, 3, 3])), ("bias", noise("b", &[5]))],
+        |x| ops::conv2d_relu(&x[0], &x[1], Some(&x[2]), window),
+        |x| composed::conv2d(&x[0], &x[1], Some(&x[2]), window)?.relu(),
+    );
+}
+
+#[test]
+fn depthwise_conv2d_equals_its_plain_sibling() {
+    for (x, kernel, stride, padding) in
+        [([2, 5, 9, 11], 7, 1, 3), ([1, 3, 3, 2], 7, 1, 3), ([2, 4, 17, 17], 4, 2, 1), ([1, 2, 40, 40], 3, 1, 0)]
+    {
+        let weight = noise("w", &[x[1], 1, kernel, kernel]);
+        let window = Window { stride, padding };
+        assert_siblings(
+            &format!("depthwise_conv2d {x:?} by {kernel}, {window:?}"),
+            &[("x", noise("x", &x)), ("weight", weight), ("bias", noise("b", &x[1..2]))],
+            |x| ops::depthwise_conv2d(&x[0], &x[1], Some(&x[2]), window),
+            |x| composed::depthwise_conv2d(&x[0], &x[1], Some(&x[2]), window),
+        );
+    }
+}
+
+#[test]
+fn unit_distance_equals_its_plain_sibling() {
+    const EPS: f64 = 1e-10;
+    let weight = noise("w", &[5]).abs().unwrap();
+    for shape in [[1, 5, 1, 1], [2, 5, 7, 9], [2, 5, 40, 53]] {
+        assert_siblings(
+            &format!("unit_distance {shape:?}"),
+            &[("x", noise("x", &shape)), ("y", noise("y", &shape))],
+            |x| ops::unit_distance(&x[0], &x[1], &weight, EPS),
+            |x| composed::unit_distance(&x[0], &x[1], &weight.to_dtype(x[0].dtype())?, EPS),
+        );
+    }
+}
+
+#[test]
+fn a_pixel_of_zeros_has_no_gradient_rather_than_not_a_number() {
+    let (weight, y) = (noise("w", &[3]).abs().unwrap(), noise("y", &[1, 3, 2, 2]));
+    for op in [ops::unit_distance, composed::unit_distance] {
+        let x = Var::zeros((1, 3, 2, 2), DType::F32, &vqrae::Device::Cpu).unwrap();
+        let grads = op(&x, &x, &weight, 1e-10).unwrap().backward().unwrap();
+        assert_same_bits("gradient", grads.get(&x).unwrap(), &x.zeros_like().unwrap());
+        let grads = op(&x, &y, &weight, 1e-10).unwrap().backward().unwrap();
+        assert_same_bits("gradient", grads.get(&x).unwrap(), &x.zeros_like().unwrap());
+    }
+}
+
+#[test]
 fn conv2d_gives_an_image_the_same_bits_alone_and_in_a_batch() {
     let (x, weight) = (noise("x", &[3, 20, 33, 29]), noise("w", &[9, 20, 3, 3]));
     for (stride, padding) in [(1, 1), (2, 1)] {
@@ -146,6 +199,12 @@ fn gelu_equals_its_plain_sibling() {
 }
 
 #[test]
+fn gelu_erf_equals_its_plain_sibling() {
+    let inputs = [("x", (noise("x", &[3, 7, 500]) * 2.0).unwrap())];
+    assert_siblings("gelu_erf", &inputs, |x| ops::gelu_erf(&x[0]), |x| x[0].gelu_erf());
+}
+
+#[test]
 fn gelu_is_zero_or_its_input_far_from_zero() {
     let x = Tensor::new(&[-1e4f32, -30., 0., 30., 1e4], &vqrae::Device::Cpu).unwrap();
     let expected = Tensor::new(&[0f32, 0., 0., 30., 1e4], &vqrae::Device::Cpu).unwrap();
@@ -198,6 +257,10 @@ fn ops_refuse_shapes_that_do_not_fit() {
         ops::conv2d(&image, &noise("w", &[2, 3, 6, 6]), None, Window::default()),
         ops::conv2d(&image, &noise("w", &[2, 3, 3, 3]), Some(&noise("b", &[3])), Window::default()),
         ops::conv2d(&image, &noise("w", &[2, 3, 3, 3]), None, Window { stride: 0, padding: 1 }),
+        ops::depthwise_conv2d(&image, &noise("w", &[2, 1, 3, 3]), None, Window::default()),
+        ops::depthwise_conv2d(&image, &noise("w", &[3, 3, 3, 3]), None, Window::default()),
+        ops::unit_distance(&image, &noise("y", &[1, 3, 5, 4]), &noise("w", &[3]), 1e-10),
+        ops::unit_distance(&image, &image, &noise("w", &[4]), 1e-10),
         ops::max_pool2d(&image, 6, 1),
         ops::max_pool2d(&image, 0, 1),
         ops::max_pool2d(&image, 2, 0),

@@ -450,7 +450,7 @@ fn the_four_models_of_the_starting_document_begin_train_ten_steps_and_tokenize()
         let (model, out) = (model.to_str().expect("a path"), out.to_str().expect("a path"));
         let photos = bench.path("photos");
         succeeds(&cli(&["tokenize", photos.to_str().expect("a path"), "-o", out, "--model", model]));
-        let codes = vqrae::codes::Codes::read(&Path::new(out).join("codes/0.png.safetensors")).expect("codes");
+        let codes = vqrae::codes::Codes::read(Path::new(out).join("codes/0.png.safetensors")).expect("codes");
         assert_eq!((codes.h, codes.w), (side, side));
     };
     let trains = |run: &str, name: &str, start: &Path, more: &[&str]| {
@@ -582,4 +582,44 @@ fn make_tar(folder: &Path, tar: &Path) {
     let mut command = Command::new("tar");
     command.arg("cf").arg(tar).arg("-C").arg(folder).args(["0.png", "2.png", "4.png", "more"]);
     assert!(command.status().expect("tar").success());
+}
+
+/// The networks of a few channels that stand beside tests/perceptual.rs.
+fn network(name: &str) -> String {
+    format!("{}/../tests/fixtures/perceptual/{name}.safetensors", env!("CARGO_MANIFEST_DIR"))
+}
+
+#[test]
+fn a_run_with_perceptual_terms_logs_them_by_name() {
+    let bench = Bench::new();
+    let terms = [
+        "loss.l1=0.5".to_string(),
+        format!("loss.perceptual={{ weight = 0.5, network = \"alex\", weights = '{}' }}", network("alex")),
+        format!("loss.convnext={{ weight = 0.1, weights = '{}' }}", network("convnext")),
+        "train.steps=4".to_string(),
+    ];
+    let set: Vec<&str> = terms.iter().flat_map(|term| ["--set", term]).collect();
+    let output = bench.train("run", &set);
+    succeeds(&output);
+    let said = stderr(&output);
+    assert!(["convnext ", "l1 ", "perceptual "].iter().all(|name| said.contains(name)), "{said}");
+    let log = bench.log("run");
+    let last = log.iter().rev().find(|line| line["loss"].is_f64()).expect("a step");
+    let term = |name: &str| last["terms"][name].as_f64().unwrap_or_else(|| panic!("{name}: {last}"));
+    let sum =
+        term("reconstruction") + term("quantizer") + 0.5 * (term("l1") + term("perceptual")) + 0.1 * term("convnext");
+    assert!((sum - last["loss"].as_f64().expect("a loss")).abs() < 1e-4 * sum, "{last}");
+    assert!(term("perceptual") > 0.0);
+}
+
+#[test]
+fn a_loss_without_its_weights_names_the_file_and_the_script() {
+    let bench = Bench::new();
+    let train = |term: &str| bench.train("run", &["--set", term]);
+    let nowhere = train("loss.perceptual={ weight = 1.0, weights = 'nowhere/vgg.safetensors' }");
+    fails_with(&nowhere, &["nowhere/vgg.safetensors", "weights/convert_lpips.py"]);
+    let nowhere = train("loss.convnext={ weight = 1.0, weights = 'nowhere/small.safetensors' }");
+    fails_with(&nowhere, &["nowhere/small.safetensors", "weights/convert_convnext.py"]);
+    fails_with(&train("loss.l1=-1.0"), &["loss.l1 is -1", "0 or more"]);
+    fails_with(&train("loss.perceptual={ weight = 1.0, weights = 'x', network = 'squeeze' }"), &["squeeze", "vgg16"]);
 }

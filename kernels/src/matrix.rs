@@ -31,6 +31,38 @@ impl<'a> View<'a> {
         }
     }
 
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    pub(crate) fn row_stride(&self) -> usize {
+        self.row_stride
+    }
+
+    pub(crate) fn column_stride(&self) -> usize {
+        self.column_stride
+    }
+
+    /// The elements, the view's first one first.
+    pub(crate) fn data(&self) -> &'a [f32] {
+        self.data
+    }
+
+    /// `rows` rows from `first` on.
+    pub(crate) fn part(self, first: usize, rows: usize) -> Self {
+        let start = (first * self.row_stride).min(self.data.len());
+        Self { data: &self.data[start..], rows, ..self }
+    }
+
+    /// Whether all elements, of which there are some, lie within the slice.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.last() < self.data.len()
+    }
+
     fn last(&self) -> usize {
         (self.rows - 1) * self.row_stride + (self.columns - 1) * self.column_stride
     }
@@ -58,7 +90,7 @@ pub fn multiply(out: &mut [f32], row_stride: usize, a: View, b: View, scale: f32
         }
         return;
     }
-    assert!(a.last() < a.data.len() && b.last() < b.data.len());
+    assert!(a.is_whole() && b.is_whole());
     assert!((m - 1) * row_stride + n <= out.len() && (m == 1 || row_stride >= n));
     // SAFETY: the three views were just checked to lie within their slices, and `out` is borrowed mutably.
     unsafe {

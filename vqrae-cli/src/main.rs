@@ -18,7 +18,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{bench, cache, codebook, features, init, inspect, reconstruct, tokenize, train};
+use crate::commands::{bench, cache, codebook, convert, features, init, inspect, reconstruct, tokenize, train};
 use crate::report::Exit;
 
 /// Turn photos into codes and codes into photos
@@ -42,6 +42,7 @@ enum Command {
     Inspect(inspect::Args),
     Codebook(codebook::Args),
     Init(init::Args),
+    Convert(convert::Args),
     Train(train::Args),
     Bench(bench::Args),
     Cache(cache::Args),
@@ -64,6 +65,7 @@ fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Inspect(args) => inspect::execute(args),
         Command::Codebook(args) => codebook::execute(args),
         Command::Init(args) => init::execute(args),
+        Command::Convert(args) => convert::execute(args),
         Command::Train(args) => train::execute(args),
         Command::Bench(args) => bench::execute(args),
         Command::Cache(args) => cache::execute(args),

@@ -80,7 +80,7 @@ pub struct InitReport {
 /// `config_file` is TOML or JSON that holds [`Wishes`], or a [recipe](crate::train::Config) whose `[model]` section does;
 /// `overrides` such as `model.decoder.num_hidden_layers=2` replace single keys. The encoder's sizes come from its own
 /// folder, and the preprocessor is the encoder's. A `latent` section needs `statistics`: a file that
-/// [`latent::Statistics`] wrote, or RAE's as safetensors.
+/// [`latent::Statistics`] wrote, or RAE's.
 pub fn init(
     encoder_folder: &Path,
     config_file: &Path,
@@ -110,7 +110,8 @@ pub fn init(
     let pretrained = given.values().map(Tensor::elem_count).sum::<usize>();
     match (config.latent, statistics) {
         (Some(latent), Some(file)) => {
-            given.extend(latent::read(file, latent.normalize, config.encoder.grid(), config.encoder.width())?);
+            let grid = latent.grid(config.encoder.grid());
+            given.extend(latent::read(file, latent.normalize, grid, config.encoder.width())?);
         }
         (None, None) => {}
         (Some(_), None) => {

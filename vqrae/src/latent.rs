@@ -27,6 +27,10 @@ pub struct Config {
     /// the encoder's width.
     #[serde(default, skip_serializing_if = "is_no")]
     pub denormalize: bool,
+    /// The grid (h, w) of places that have statistics; without it the encoder's own. DINOv2's positions were made for 37×37,
+    /// RAE's statistics for the 16×16 of 224 pixels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grid: Option<[usize; 2]>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks with a reference")]
@@ -40,7 +44,7 @@ fn is_no(denormalize: &bool) -> bool {
 pub enum Normalize {
     /// Every channel: `[D]`, for any grid.
     Channel,
-    /// Every channel of every place, as RAE has it: `[h·w, D]`, for the encoder's own grid alone.
+    /// Every channel of every place, as RAE has it: `[h·w, D]`, for one grid alone.
     Position,
 }
 
@@ -70,7 +74,20 @@ impl Config {
                  {decoder}; leave it out, or give the decoder the encoder's width"
             ));
         }
-        Ok(())
+        match (self.grid, self.normalize) {
+            (Some(_), Normalize::Channel) => {
+                Err("latent: grid is for statistics by position; remove it where normalize is `channel`".into())
+            }
+            (Some([h, w]), _) if h == 0 || w == 0 || h.saturating_mul(w) > 1 << 20 => {
+                Err(format!("latent: grid is {h}×{w}, expected: 1×1 to 1024×1024"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The grid (h, w) of places that have statistics, for an encoder whose own grid is this.
+    pub fn grid(self, own: (usize, usize)) -> (usize, usize) {
+        self.grid.map_or(own, |[h, w]| (h, w))
     }
 }
 
@@ -81,14 +98,16 @@ pub struct Latent {
     mean: Tensor,
     /// √(var + ε), `[D]` or `[h·w, D]`.
     deviation: Tensor,
-    /// The encoder's own grid.
+    /// The grid that statistics by position are of.
     grid: (usize, usize),
     config: Config,
 }
 
 impl Latent {
-    /// Loads `mean` and `var`, f32 whatever else is; fresh ones, zero and one, change next to nothing.
-    pub fn load(vb: VarBuilder, config: Config, grid: (usize, usize), width: usize) -> candle_core::Result<Self> {
+    /// Loads `mean` and `var`, f32 whatever else is; fresh ones, zero and one, change next to nothing. `own` is the
+    /// encoder's grid, `width` its width.
+    pub fn load(vb: VarBuilder, config: Config, own: (usize, usize), width: usize) -> candle_core::Result<Self> {
+        let grid = config.grid(own);
         let (vb, shape) = (vb.to_dtype(DType::F32), config.normalize.shape(grid, width));
         let mean = vb.get_with_hints(shape.clone(), "mean", candle_nn::init::ZERO)?;
         let var = vb.get_with_hints(shape, "var", candle_nn::init::ONE)?;
@@ -99,7 +118,7 @@ impl Latent {
     /// Features to what the quantizer sees, f32.
     ///
     /// # Shapes
-    /// - features and output: `[B, N, D]`, N that of the encoder's own grid if every place has statistics of its own
+    /// - features and output: `[B, N, D]`, N that of the statistics' grid if every place has its own
     pub fn normalize(&self, features: &Tensor) -> candle_core::Result<Tensor> {
         self.check_tokens(features.dim(1)?)?;
         features.to_dtype(DType::F32)?.broadcast_sub(&self.mean)?.broadcast_div(&self.deviation)
@@ -201,8 +220,8 @@ mod tests {
         Latent::load(VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu), config, grid, 2).unwrap()
     }
 
-    const CHANNEL: Config = Config { normalize: Normalize::Channel, denormalize: false };
-    const POSITION: Config = Config { normalize: Normalize::Position, denormalize: true };
+    const CHANNEL: Config = Config { normalize: Normalize::Channel, denormalize: false, grid: None };
+    const POSITION: Config = Config { normalize: Normalize::Position, denormalize: true, grid: None };
 
     #[test]
     fn features_lose_their_mean_and_variance_and_get_them_back() {

@@ -37,6 +37,7 @@
 
 pub mod codebook;
 pub mod codes;
+pub mod convert;
 pub mod decoder;
 pub mod encoder;
 pub mod error;
@@ -49,6 +50,7 @@ pub mod latent;
 pub mod metrics;
 pub mod model;
 pub mod ops;
+pub mod perceptual;
 pub mod quantizer;
 mod recipe;
 pub mod train;

@@ -82,7 +82,7 @@ impl Config {
 
     /// Width D' of the quantizer's output, the decoder's input.
     pub(crate) fn width_out(&self) -> usize {
-        self.decoder.sizes(&self.encoder).vit.width
+        self.decoder.sizes(&self.encoder).width_in()
     }
 }
 

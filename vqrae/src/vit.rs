@@ -121,7 +121,7 @@ impl Mlp {
         let hidden = self.fc1.forward(x)?;
         self.fc2.forward(&match self.activation {
             Activation::GeluTanh => ops::gelu(&hidden)?,
-            Activation::Gelu => hidden.gelu_erf()?,
+            Activation::Gelu => ops::gelu_erf(&hidden)?,
             Activation::SwiGlu => {
                 let halves = hidden.chunk(2, candle_core::D::Minus1)?;
                 (halves[0].silu()? * &halves[1])?

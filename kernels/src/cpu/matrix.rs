@@ -132,7 +132,8 @@ impl Matrix<f32> {
 impl<T: Element> Matrix<T> {
     /// Zeros.
     pub fn new(rows: usize, columns: usize) -> Self {
-        let lines = (columns.next_multiple_of(T::STEP) * size_of::<T>()).div_ceil(LINE) | 1;
+        // No less than three: a product may begin within a row, as attention's does at a head, and read a whole step.
+        let lines = (columns.next_multiple_of(T::STEP) * size_of::<T>()).div_ceil(LINE).max(2) | 1;
         let stride = lines * LINE / size_of::<T>();
         Self { data: Buffer::new(rows * stride), rows, columns, stride }
     }

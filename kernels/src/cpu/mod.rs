@@ -7,6 +7,7 @@
 //! The rows of a matrix are the N tokens of one image. No result depends on other images or on the number of threads.
 
 mod attention;
+pub mod dense;
 mod isa;
 mod linear;
 mod matrix;

@@ -221,8 +221,8 @@ impl Book {
     /// and the patch in the centre is shown. `None` after Ctrl-C.
     fn alone(&self, codes: &[u32]) -> Result<Option<Vec<Rgb>>> {
         let config = self.model.config();
-        let by_place = |latent: vqrae::latent::Config| latent.denormalize && latent.normalize == Normalize::Position;
-        let (h, w) = if config.latent.is_some_and(by_place) { config.encoder.grid() } else { (1, 1) };
+        let by_place = |latent: &vqrae::latent::Config| latent.denormalize && latent.normalize == Normalize::Position;
+        let (h, w) = config.latent.filter(by_place).map_or((1, 1), |latent| latent.grid(config.encoder.grid()));
         let mut patches = Vec::with_capacity(codes.len());
         for codes in codes.chunks(256usize.div_ceil(h * w)) {
             if interrupted() {

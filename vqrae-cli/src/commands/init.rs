@@ -25,7 +25,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Mean and variance of the encoder's features, for a config with a section `latent`: a file that `features
-    /// --statistics` wrote, or RAE's as safetensors
+    /// --statistics` wrote, or RAE's
     #[arg(long, alias = "latent_statistics", value_name = "FILE")]
     latent_statistics: Option<PathBuf>,
     /// Model folder to write

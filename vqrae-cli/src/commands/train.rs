@@ -53,6 +53,8 @@ const EXAMPLES: &str = "\
 Examples:
   vqrae-cli train --config train.toml --data photos --output-dir run
   vqrae-cli train --config train.toml --data photos --val held-out --output-dir run --set train.steps=200
+  vqrae-cli train --config train.toml --data photos --output-dir run \\
+    --set 'loss.perceptual={ weight = 1.0, weights = \"lpips_vgg16.safetensors\" }'
   vqrae-cli train --config stage2.toml --from run --data photos --val held-out --output-dir run2
   vqrae-cli train --config train.toml --dry-run";
 

@@ -321,10 +321,10 @@ impl Preprocessor {
         })
     }
 
-    /// What normalised values were before, on the scale of 0..1: `value · std + mean`, by channel.
-    pub(crate) fn mean_and_std_of_unit(&self) -> ([f32; 3], [f32; 3]) {
-        let of = |channel| self.mean_and_std(channel);
-        (std::array::from_fn(|c| of(c).0 / 255.0), std::array::from_fn(|c| of(c).1 / 255.0))
+    /// What a normalised value is multiplied by (the second) and then added to (the first) to lie in 0..1, by channel.
+    pub fn unit_mean_and_std(&self) -> [[f32; 3]; 2] {
+        let of = |c| self.mean_and_std(c);
+        [[0, 1, 2].map(|c| of(c).0 / 255.0), [0, 1, 2].map(|c| of(c).1 / 255.0)]
     }
 
     /// Mean and standard deviation on the scale of 0..255.

@@ -333,7 +333,11 @@ fn unit(row: &mut [f32]) {
 
 /// Tokens to pixels.
 pub(super) struct Decoder<T> {
+    /// From the width of the tokens that it takes to its own.
+    embed: Option<Linear<T>>,
     position_embedding: Positions,
+    /// Tokens before those of the patches, `[P, D]`.
+    prefix_tokens: Vec<f32>,
     blocks: Vit<T>,
     norm: Option<Norm>,
     head: Linear<T>,
@@ -344,7 +348,9 @@ impl<T: Element> Decoder<T> {
     pub(super) fn load(vb: VarBuilder, sizes: &decoder::Sizes, isa: Isa) -> Result<Self> {
         let parts = decoder::Surroundings::load(&vb, sizes)?;
         Ok(Self {
+            embed: parts.embed.as_ref().map(|embed| Linear::pack(embed, isa)).transpose()?,
             position_embedding: parts.position_embedding,
+            prefix_tokens: parts.prefix_tokens.as_ref().map(values).transpose()?.unwrap_or_default(),
             blocks: Vit::load(vb, &sizes.vit, isa)?,
             norm: parts.final_layernorm.as_ref().map(Norm::of).transpose()?,
             head: Linear::pack(&parts.head, isa)?,
@@ -352,7 +358,7 @@ impl<T: Element> Decoder<T> {
         })
     }
 
-    /// The positions of a grid, `[N, D']`.
+    /// The positions of a grid, `[N, D]`.
     pub(super) fn positions(&self, grid: (usize, usize)) -> Result<Vec<f32>> {
         values(&self.position_embedding.at(grid)?)
     }
@@ -364,19 +370,49 @@ impl<T: Element> Decoder<T> {
 
     /// The pixels `[3, h·P', w·P']` of one image's tokens `[N, D']`.
     pub(super) fn run(&self, mut x: Matrix<f32>, (h, w): (usize, usize), positions: &[f32], pixels: &mut [f32]) {
-        for (i, row) in positions.chunks_exact(x.columns()).enumerate() {
+        if let Some(embed) = &self.embed {
+            let mut tokens = Matrix::<T>::new(x.rows(), x.columns());
+            (0..x.rows()).for_each(|i| tokens.set_row(i, x.row(i)));
+            x = Matrix::new(x.rows(), embed.width());
+            embed.run(&tokens, End::Wide(&mut x));
+        }
+        let (n, d) = (x.rows(), x.columns());
+        for (i, row) in positions.chunks_exact(d).enumerate() {
             x.row_mut(i).iter_mut().zip(row).for_each(|(x, p)| *x += p);
         }
+        let prefix = self.prefix_tokens.len() / d;
+        if prefix > 0 {
+            x = with_prefix(&self.prefix_tokens, &x);
+        }
         self.blocks.run(&mut x, |_| ());
-        let mut normed = Matrix::<T>::new(x.rows(), x.columns());
+        if prefix > 0 {
+            x = without_prefix(prefix, &x);
+        }
+        let mut normed = Matrix::<T>::new(n, d);
         match &self.norm {
             Some(norm) => norm.run(&x, &mut normed),
-            None => (0..x.rows()).for_each(|i| normed.set_row(i, x.row(i))),
+            None => (0..n).for_each(|i| normed.set_row(i, x.row(i))),
         }
         let mut patches = Matrix::<f32>::new(x.rows(), self.head.width());
         self.head.run(&normed, End::Wide(&mut patches));
         unpatchify(&patches, (h, w), self.patch, pixels);
     }
+}
+
+/// Tokens `[P, D]` before others.
+fn with_prefix(prefix: &[f32], tokens: &Matrix<f32>) -> Matrix<f32> {
+    let (n, d) = (tokens.rows(), tokens.columns());
+    let mut x = Matrix::new(prefix.len() / d + n, d);
+    let rows = prefix.chunks_exact(d).chain((0..n).map(|i| tokens.row(i)));
+    rows.enumerate().for_each(|(i, row)| x.set_row(i, row));
+    x
+}
+
+/// The tokens that follow the first `prefix`.
+fn without_prefix(prefix: usize, x: &Matrix<f32>) -> Matrix<f32> {
+    let mut tokens = Matrix::new(x.rows() - prefix, x.columns());
+    (0..tokens.rows()).for_each(|i| tokens.set_row(i, x.row(prefix + i)));
+    tokens
 }
 
 /// Patches `[h·w, p·p·3]`, channel last within a patch, to the pixels of an image `[3, h·p, w·p]`.

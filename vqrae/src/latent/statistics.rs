@@ -131,13 +131,13 @@ impl Statistics {
     }
 }
 
-/// A model's `latent.mean` and `latent.var` from a file: of [`Statistics`], or RAE's `mean` and `var`, `[D, h, w]`,
-/// `[h·w, D]` or `[D]`.
+/// A model's `latent.mean` and `latent.var` from a file: of [`Statistics`], or RAE's `mean` and `var` (safetensors or its .pt),
+/// `[D, h, w]`, `[h·w, D]` or `[D]`.
 ///
 /// # Errors
 /// If the file has no statistics of this kind, or of another width or grid; the error says what it has.
 pub(crate) fn read(path: &Path, normalize: Normalize, grid: (usize, usize), width: usize) -> Result<Tensors> {
-    let tensors = weights::read_file(path)?;
+    let tensors = weights::read_any(path)?;
     let shape = normalize.shape(grid, width);
     let find = |name: &str| {
         let found = tensors.get(&format!("{}.{name}", normalize.name())).or_else(|| tensors.get(name));
@@ -145,7 +145,8 @@ pub(crate) fn read(path: &Path, normalize: Normalize, grid: (usize, usize), widt
         found.ok_or_else(|| {
             let held = tensors.iter().map(|(name, tensor)| format!("`{name}` {:?}", tensor.dims()));
             let reason = format!(
-                "no statistics that fit latent.normalize = {}: `{}.{name}` {shape:?} is not among {}",
+                "no statistics that fit latent.normalize = {}: `{}.{name}` {shape:?} is not among {}; for places of another \
+                 grid set latent.grid = [h, w]",
                 normalize.name(),
                 normalize.name(),
                 held.take(6).collect::<Vec<_>>().join(", ")

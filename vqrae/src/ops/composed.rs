@@ -45,9 +45,18 @@ pub fn softmax(scores: &Tensor) -> Result<Tensor> {
 
 /// Cross-correlation with zeros around the image; see [`super::conv2d`].
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, window: Window) -> Result<Tensor> {
-    const DILATION: usize = 1;
     const GROUPS: usize = 1;
-    let out = x.conv2d(weight, window.padding, window.stride, DILATION, GROUPS)?;
+    convolve(x, weight, bias, window, GROUPS)
+}
+
+/// One kernel a channel; see [`super::depthwise_conv2d`].
+pub fn depthwise_conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, window: Window) -> Result<Tensor> {
+    convolve(x, weight, bias, window, x.dim(1)?)
+}
+
+fn convolve(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, window: Window, groups: usize) -> Result<Tensor> {
+    const DILATION: usize = 1;
+    let out = x.conv2d(weight, window.padding, window.stride, DILATION, groups)?;
     match bias {
         Some(bias) => out.broadcast_add(&bias.reshape((1, (), 1, 1))?),
         None => Ok(out),
@@ -63,4 +72,18 @@ pub fn max_pool2d(x: &Tensor, kernel: usize, stride: usize) -> Result<Tensor> {
     };
     let tap = |tap: usize| x.index_select(&places(h, tap / kernel)?, 2)?.index_select(&places(w, tap % kernel)?, 3);
     (1..kernel * kernel).try_fold(tap(0)?, |largest, next| largest.maximum(&tap(next)?))
+}
+
+/// The weighted squared distance of two maps of features after each pixel is brought to length one; see
+/// [`super::unit_distance`].
+pub fn unit_distance(x: &Tensor, y: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    /// The root's gradient is infinite at zero.
+    const LEAST: f64 = 1e-30;
+    let unit = |x: &Tensor| {
+        let square = x.sqr()?.sum_keepdim(1)?;
+        let alive = square.gt(0.0)?.to_dtype(x.dtype())?;
+        x.broadcast_mul(&alive)?.broadcast_div(&(square.maximum(LEAST)?.sqrt()? + eps)?)
+    };
+    let difference = (unit(x)? - unit(y)?)?.sqr()?;
+    difference.broadcast_mul(&weight.reshape((1, (), 1, 1))?)?.sum(1)?.mean((1, 2))
 }

@@ -1,13 +1,10 @@
 //! `x wᵀ + b`, the layer that nearly all the time goes to.
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 use candle_nn::{Init, VarBuilder};
 use rayon::prelude::*;
-use vqrae_kernels::matrix::{Into, View, multiply};
-
-/// Tokens of one image that one piece of work covers: enough to keep the processor's matrix loop busy (64 reached the
-/// rate of 1,024 where it was measured), few enough that one image occupies several threads.
-const TOKENS: usize = 64;
+use vqrae_kernels::cpu::{Isa, dense};
+use vqrae_kernels::matrix::{Into, View};
 
 /// `x wᵀ + b`.
 ///
@@ -81,7 +78,7 @@ impl CustomOp3 for LinearOp {
         let x = super::f32_slice(x, x_layout)?;
         let weight = super::f32_slice(weight, weight_layout)?;
         let bias = super::f32_slice(bias, bias_layout)?;
-        let out = forward(x, weight, bias, tokens, d, e);
+        let out = forward(x, weight, bias, tokens, d, e, super::isa()?);
         Ok((CpuStorage::F32(out), Shape::from(shape)))
     }
 
@@ -94,26 +91,64 @@ impl CustomOp3 for LinearOp {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (e, d) = weight.dims2()?;
+        // No tensor made here is part of a graph: a gradient must not hold what its layer's input came from.
         let grad = grad.reshape(((), e))?.contiguous()?; // [M,E]
-        let x_grad = x.track_op().then(|| grad.matmul(weight)?.reshape(x.shape())).transpose()?;
-        let weight_grad = weight.track_op().then(|| grad.t()?.matmul(&x.reshape(((), d))?)).transpose()?;
-        let sum_rows = || Tensor::ones((1, grad.dim(0)?), grad.dtype(), grad.device())?.matmul(&grad)?.reshape(e);
-        let bias_grad = bias.track_op().then(sum_rows).transpose()?;
-        Ok((x_grad, weight_grad, bias_grad))
+        let x_rows = x.detach().reshape(((), d))?.contiguous()?; // [M,D]
+        let m = grad.dim(0)?;
+        let matrix = |values: Vec<f32>, shape: &Shape| Tensor::from_vec(values, shape, grad.device());
+        with_values([&grad, &x_rows, weight], |[g, x_values, w]| {
+            let isa = super::isa()?;
+            let (g_view, w_view) = (View::new(g, m, e, e), View::new(w, e, d, d));
+            let product = |rows: usize, a: View, b: View| {
+                let mut out = vec![0f32; rows * d];
+                dense::multiply(&mut out, d, a, b, Into::Replace, isa);
+                out
+            };
+            let x_grad = x.track_op().then(|| matrix(product(m, g_view, w_view), x.shape())).transpose()?;
+            let x_view = View::new(x_values, m, d, d);
+            let weight_grad =
+                weight.track_op().then(|| matrix(product(e, g_view.t(), x_view), weight.shape())).transpose()?;
+            let bias_grad = bias.track_op().then(|| matrix(column_sums(g, e), bias.shape())).transpose()?;
+            Ok((x_grad, weight_grad, bias_grad))
+        })
     }
 }
 
-/// The product, piece by piece within each image of `tokens` rows.
-fn forward(x: &[f32], weight: &[f32], bias: &[f32], tokens: usize, d: usize, e: usize) -> Vec<f32> {
+/// Runs `f` on the elements of contiguous tensors of f32 on the CPU.
+fn with_values<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> Result<R>) -> Result<R> {
+    let held = tensors.map(Tensor::storage_and_layout);
+    let mut values = [&[] as &[f32]; N];
+    for (values, (storage, layout)) in values.iter_mut().zip(&held) {
+        let Storage::Cpu(storage) = &**storage else { candle_core::bail!("linear: a gradient is not on the CPU") };
+        *values = super::f32_slice(storage, layout)?;
+    }
+    f(values)
+}
+
+/// The sum of every column of rows `e` wide, each in the order of the rows.
+fn column_sums(rows: &[f32], e: usize) -> Vec<f32> {
+    /// Columns of a piece of work.
+    const COLUMNS: usize = 64;
+    let mut sums = vec![0f32; e];
+    sums.par_chunks_mut(COLUMNS).enumerate().for_each(|(i, sums)| {
+        for row in rows.chunks_exact(e) {
+            sums.iter_mut().zip(&row[i * COLUMNS..]).for_each(|(sum, x)| *sum += x);
+        }
+    });
+    sums
+}
+
+/// The product. Rows are sums of their own, so batches cannot change a bit; where they are not (any processor's way, which
+/// sums as a block's shape suits it), blocks begin anew with each image of `tokens` rows.
+fn forward(x: &[f32], weight: &[f32], bias: &[f32], tokens: usize, d: usize, e: usize, isa: Isa) -> Vec<f32> {
     let mut out: Vec<f32> = bias.repeat(x.len() / d.max(1));
     if out.is_empty() || x.is_empty() {
         return out;
     }
     let weight = View::new(weight, e, d, d).t();
+    let tokens = if isa == Isa::PORTABLE { tokens } else { x.len() / d };
     out.par_chunks_mut(tokens * e).zip(x.par_chunks(tokens * d)).for_each(|(out, x)| {
-        out.par_chunks_mut(TOKENS * e).zip(x.par_chunks(TOKENS * d)).for_each(|(out, x)| {
-            multiply(out, e, View::new(x, x.len() / d, d, d), weight, 1.0, Into::Add);
-        });
+        dense::multiply(out, e, View::new(x, x.len() / d, d, d), weight, Into::Add, isa);
     });
     out
 }

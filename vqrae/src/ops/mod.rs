@@ -6,32 +6,44 @@
 //! [`composed`], written in tensor algebra: it runs on devices and dtypes without a fused path (anything but f32 on the
 //! CPU), and the tests compare values and gradients with it.
 //!
-//! **Batch invariance.** On the CPU the work is cut into pieces whose shapes depend on one image alone (its N tokens, the
-//! layer's width), never on the batch or the number of threads. An image therefore gives the same bits alone and in any
-//! batch, which is what makes codes reproducible.
+//! **Batch invariance.** On the CPU an element of a product is a sum of its own, in an order that no other row changes, and
+//! attention cuts its work into pieces whose shapes depend on one image alone. An image therefore gives the same bits alone
+//! and in any batch, on any number of threads, which is what makes codes reproducible.
 
 mod attention;
 pub mod composed;
 mod conv;
+mod depthwise;
 mod gelu;
 mod layer_norm;
 mod linear;
 mod norm;
 mod pool;
+mod unit_distance;
+mod window;
 
 pub use attention::attention;
-pub use conv::{Conv2d, Window, conv2d};
-pub use gelu::gelu;
+pub use conv::{Conv2d, conv2d, conv2d_relu};
+pub use depthwise::depthwise_conv2d;
+pub use gelu::{gelu, gelu_erf};
 pub use layer_norm::{LayerNorm, layer_norm};
 pub use linear::{Linear, linear};
 pub use norm::Norm;
 pub use pool::max_pool2d;
+pub use unit_distance::unit_distance;
+pub use window::Window;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
+use vqrae_kernels::cpu::Isa;
 
 /// Whether `x` is where the fused paths are: f32 on the CPU.
 fn fused(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
+}
+
+/// The instructions that products use.
+fn isa() -> Result<Isa> {
+    Isa::detect().map_err(candle_core::Error::wrap)
 }
 
 /// The elements of a contiguous f32 tensor, as a custom op sees them.

@@ -139,7 +139,7 @@ pub struct Run {
     /// More skipped steps in a row than this end the run.
     pub max_skipped: usize,
     /// Whether a block keeps only its input for the backward pass, which computes the rest again: the same gradients, less
-    /// memory, a third more time.
+    /// memory, a third to a half more time.
     pub checkpoint_blocks: bool,
     /// Sizes of training images, `HEIGHTxWIDTH`, of which every step draws one; the encoder's own where there are none.
     pub sizes: Vec<String>,
@@ -293,6 +293,7 @@ impl Config {
         if optimizer.max_grad_norm <= 0.0 {
             return Err(format!("optimizer.max_grad_norm is {}, expected: more than 0", optimizer.max_grad_norm));
         }
+        self.loss.check()?;
         self.check_gan()?;
         if let Some(stage) = &self.stage {
             stage.check(self.groups.encoder.peak, &self.model.config())?;
@@ -322,7 +323,7 @@ impl Config {
     pub(super) fn start_gan(&self, preprocessor: &Preprocessor) -> Result<Option<Gan>> {
         let (Some(gan), Some(rate)) = (&self.gan, self.groups.discriminator) else { return Ok(None) };
         let Run { steps, warmup_steps, seed, .. } = self.train;
-        let (mean, std) = preprocessor.mean_and_std_of_unit();
+        let [mean, std] = preprocessor.unit_mean_and_std();
         let settings = gan::Settings { steps, warmup_steps, rate, optimizer: self.optimizer, seed, mean, std };
         Gan::new(gan, settings).map(Some)
     }

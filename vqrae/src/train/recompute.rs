@@ -86,7 +86,13 @@ impl CustomOp2 for Again {
         let input = Var::from_tensor(&x.detach())?;
         let output = self.block.forward(input.as_tensor())?;
         let mut gradients = output.apply_op1(Given(gradient.clone()))?.backward()?;
-        let of_input = gradients.remove(input.as_tensor());
+        let of_input = gradients.remove(input.as_tensor()).map(|gradient| gradient.detach());
+        // Else they would hold the graph that made them, and with it all that the block has computed.
+        for id in gradients.get_ids().copied().collect::<Vec<_>>() {
+            if let Some(gradient) = gradients.get_id(id).map(Tensor::detach) {
+                gradients.insert_id(id, gradient);
+            }
+        }
         let mut aside = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
         match aside.as_mut() {
             Some(aside) => aside.extend(gradients)?,

@@ -84,6 +84,8 @@ impl Sizes {
         wish(model.encoder.layout().features == Features::BeforeNorm, "model.encoder.features = \"before_norm\"")?;
         wish(matches!(model.encoder, encoder::Config::Siglip(_)), "an encoder of model_type siglip_vision_model")?;
         wish(!decoder.final_norm, "model.decoder.final_norm = false")?;
+        let plain = decoder.input.is_none() && decoder.prefix == 0;
+        wish(plain, "a decoder without model.decoder.input_size and num_prefix_tokens")?;
         wish(decoder.patch == sizes.patch, "the same patch size in encoder and decoder")?;
         wish(simvq.metric == quantizer::Metric::Euclidean, "model.quantizer.metric = \"euclidean\"")?;
         wish(simvq.norm == quantizer::Norm::None, "model.quantizer.norm = \"none\"")?;

@@ -149,7 +149,7 @@ mod tests {
         assert!(messages[0].ends_with(b"\x1a\x0dbrain.Event:2"));
         // Step 300 is 0xac 0x02 as a varint.
         assert_eq!(messages[1][9..], [0x10, 0xac, 0x02, 0x3a, 2, 8, 1]);
-        let mut scalars = vec![0x2a, 13 + 20, 0x0a, 11, 0x0a, 4];
+        let mut scalars = vec![0x2a, 13 + 21, 0x0a, 11, 0x0a, 4];
         scalars.extend(b"loss\x15");
         scalars.extend(0.5f32.to_le_bytes());
         scalars.extend([0x0a, 19, 0x0a, 12]);

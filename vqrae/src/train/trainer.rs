@@ -125,7 +125,8 @@ impl<'a> Trainer<'a> {
         let path = output.join("config.toml");
         files::write_whole(&path, text.as_bytes()).map_err(Error::io(&path))?;
         let journal = Journal::open(output, state.step, config.train.tensorboard)?;
-        let losses = Losses::new(config.loss, distillation.map(|wanted| (wanted.target, wanted.weight)));
+        let distilled = distillation.map(|wanted| (wanted.target, wanted.weight));
+        let losses = Losses::open(&config.loss, distilled, &Device::Cpu)?;
         let window = Window::now(no_codes(&model.quantizer));
         let average = shadow;
         #[rustfmt::skip]
@@ -240,6 +241,7 @@ impl<'a> Trainer<'a> {
         let mut terms = self.losses.terms(&Seen {
             pixels: target,
             painted: &painted,
+            preprocessor: &self.preprocessor,
             states: &states,
             features: &features,
             quantized: &quantized,
@@ -275,8 +277,9 @@ impl<'a> Trainer<'a> {
         let frozen = || Error::Training(format!("gan.adaptive needs `{NAME}` to be trained"));
         let weight = self.parameters.trained.get(NAME).ok_or_else(frozen)?;
         let painted = self.network.decoder.head(&hidden.detach(), grid)?;
-        let reconstruction = self.losses.of_pixels(target, &painted)?;
-        Ok(LastLayer { weight, painted, reconstruction })
+        let no_quantizer = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        let terms = self.losses.of_pixels(&self.preprocessor, target, &painted, no_quantizer)?;
+        Ok(LastLayer { weight, painted, reconstruction: terms.total })
     }
 
     /// The discriminator's step, on the whole batch.

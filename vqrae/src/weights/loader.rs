@@ -49,7 +49,7 @@ impl Loader {
         }
         Err(Error::weights(
             self.store.path(),
-            format!("{} tensors that config.json has no use for: {}", left.len(), some(&left)),
+            format!("{} tensors that the model has no use for: {}", left.len(), some(&left)),
         ))
     }
 }

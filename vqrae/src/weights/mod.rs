@@ -4,13 +4,19 @@
 
 mod fresh;
 mod loader;
+mod map;
 mod names;
+mod pickle;
 mod store;
+mod torch;
 
 pub use fresh::Fresh;
 pub(crate) use fresh::IDENTITY;
 pub use loader::Loader;
+pub(crate) use map::put;
+pub use map::{Constant, Fill, Map, Plan, Route, TOWER};
 pub use store::{INDEX, Store, shards};
+pub use torch::TorchFile;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -36,6 +42,16 @@ pub fn read(folder: &Path) -> Result<Tensors> {
 /// Reads one safetensors file.
 pub fn read_file(path: &Path) -> Result<Tensors> {
     Store::open_file(path)?.read()
+}
+
+/// Reads one file of tensors, PyTorch's by its ending (.pt, .pth, .bin, .ckpt) and safetensors else.
+pub(crate) fn read_any(path: &Path) -> Result<Tensors> {
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    if !["pt", "pth", "bin", "ckpt"].contains(&ending) {
+        return read_file(path);
+    }
+    let file = TorchFile::open(path, None)?;
+    file.names().map(|name| Ok((name.clone(), file.tensor(name)?))).collect()
 }
 
 /// Writes tensors to `path`, whole or not at all.
@@ -69,24 +85,32 @@ fn some(names: &[&String]) -> String {
 pub fn encoder(folder: &Path) -> Result<(encoder::Config, Tensors)> {
     let path = folder.join("config.json");
     let config = encoder_config(&path)?;
-    let mut tensors = Tensors::new();
-    if let encoder::Config::Siglip(_) = config {
-        for (name, tensor) in read(folder)? {
-            let name = name.strip_prefix("vision_model.").unwrap_or(&name);
-            let other = ["text_model.", "head.", "logit_", "embeddings.position_ids"];
-            if !other.iter().any(|prefix| name.starts_with(prefix)) {
-                tensors.insert(format!("encoder.vision_model.{name}"), tensor);
-            }
-        }
-    } else {
-        let tower = names::of_tower(read(folder)?, &config.layout()).map_err(|e| Error::weights(folder, e))?;
-        tensors.extend(tower.into_iter().map(|(name, tensor)| (format!("encoder.{name}"), tensor)));
-    }
+    let tensors = tower(read(folder)?, &config).map_err(|e| Error::weights(folder, e))?;
     Ok((config, tensors))
 }
 
-/// A vision tower's tensors under our names (`embeddings.…`, `layers.N.…`, `post_layernorm.…`), whoever named them.
-pub(crate) fn tower(tensors: Tensors, layout: &encoder::Layout) -> candle_core::Result<Tensors> {
+/// The tensors of a vision tower under our names (`encoder.…`), whichever of the names that [`encoder`] knows they have.
+///
+/// # Errors
+/// If they do not fit the config.
+pub fn tower(tensors: Tensors, config: &encoder::Config) -> candle_core::Result<Tensors> {
+    let encoder::Config::Siglip(_) = config else {
+        let tower = layout_tower(tensors, &config.layout())?;
+        return Ok(tower.into_iter().map(|(name, tensor)| (format!("encoder.{name}"), tensor)).collect());
+    };
+    let mut ours = Tensors::new();
+    for (name, tensor) in tensors {
+        let name = name.strip_prefix("vision_model.").unwrap_or(&name);
+        let other = ["text_model.", "head.", "logit_", "embeddings.position_ids"];
+        if !other.iter().any(|prefix| name.starts_with(prefix)) {
+            ours.insert(format!("encoder.vision_model.{name}"), tensor);
+        }
+    }
+    Ok(ours)
+}
+
+/// The tensors of a tower of any layout under our names (`embeddings.…`, `layers.N.…`), without `encoder.` before them.
+pub(crate) fn layout_tower(tensors: Tensors, layout: &encoder::Layout) -> candle_core::Result<Tensors> {
     names::of_tower(tensors, layout)
 }
 

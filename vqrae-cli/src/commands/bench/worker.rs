@@ -5,6 +5,10 @@
 //! reconstruct B         images of B grids of codes
 //! dump INPUT OUTPUT     of "pixels" f32 [B, 3, H, W] in a safetensors file: "hidden_states" [depth + 1, B, N, D], "indices"
 //!                       u32 [B, h, w], "pixels_out" f32 [B, 3, H', W']
+//! perceptual NETWORK WEIGHTS INPUT OUTPUT
+//!                       of "images" and "others" f32 [B, 3, H, W] in a safetensors file: "values" (LPIPS of vgg16 or alex,
+//!                       in −1..1, f32 [B]; or the logits of convnext, in 0..1, f32 [B, classes] of the images) and
+//!                       "gradient" f32 [B, 3, H, W], of the sum of the values to the images
 //! dump OUTPUT           where only codes are searched: "tokens" f32 [N, D], "codes" f32 [K, D], "indices" u32 [N]
 //! ```
 //! The first line of its answers is [`Opened`], each of the others [`Done`], as JSON.
@@ -17,8 +21,10 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use candle_core::Var;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use vqrae::perceptual::{Backbone, ConvNext, Lpips};
 use vqrae::weights::{self, Tensors};
 use vqrae::{DType, Device, Tensor, Vqrae};
 use vqrae_kernels::{Codebook, Metric};
@@ -135,6 +141,38 @@ fn everything(model: &Vqrae, input: &Path) -> Result<Tensors> {
     Ok(tensors.map(|(name, tensor)| (name.to_string(), tensor)).into())
 }
 
+/// What a network of the losses makes of a file's images, and the seconds of both ways.
+fn perceptual(network: &str, weights: &str, input: &str, output: &str) -> Result<f64> {
+    let mut tensors = weights::read_file(Path::new(input))?;
+    let mut take = |name: &str| tensors.remove(name).with_context(|| format!("the file holds no tensor `{name}`"));
+    let images = Var::from_tensor(&take("images")?)?;
+    let weights = Path::new(weights);
+    let backbone = match network {
+        "vgg16" => Some(Backbone::Vgg16),
+        "alex" => Some(Backbone::Alex),
+        "convnext" => None,
+        _ => bail!("{network}: expected: vgg16, alex or convnext"),
+    };
+    let (values, begin) = match backbone {
+        Some(backbone) => {
+            let (lpips, others) = (Lpips::open(weights, backbone, &Device::Cpu)?, take("others")?);
+            let begin = Instant::now();
+            (lpips.forward(&images, &others)?, begin)
+        }
+        None => {
+            let convnext = ConvNext::open(weights, &Device::Cpu)?;
+            let begin = Instant::now();
+            (convnext.forward(&images)?, begin)
+        }
+    };
+    let gradients = values.sum_all()?.backward()?;
+    let seconds = begin.elapsed().as_secs_f64();
+    let gradient = gradients.get(&images).context("the images have no gradient")?.clone();
+    let made = [("values", values), ("gradient", gradient)].map(|(name, tensor)| (name.to_string(), tensor));
+    vqrae::weights::write(Path::new(output), &made.into(), HashMap::new())?;
+    Ok(seconds)
+}
+
 /// Opens what it works with and does what stdin says, to its end.
 pub(super) fn serve(open: impl FnOnce() -> Result<Subject>) -> Result<()> {
     let begin = Instant::now();
@@ -144,6 +182,7 @@ pub(super) fn serve(open: impl FnOnce() -> Result<Subject>) -> Result<()> {
         let line = line?;
         let words: Vec<&str> = line.split_whitespace().collect();
         let seconds = match words.as_slice() {
+            ["perceptual", network, weights, input, output] => perceptual(network, weights, input, output)?,
             ["dump", files @ ..] => {
                 let begin = Instant::now();
                 subject.dump(files)?;

@@ -25,7 +25,7 @@ pub(super) fn text(config: &Config, plan: &Plan) -> String {
         "not trained",
     );
     for (name, group) in &plan.groups {
-        let [trained, decayed, untrained] = [group.trained, group.decayed, group.untrained].map(|count| grouped(count));
+        let [trained, decayed, untrained] = [group.trained, group.decayed, group.untrained].map(grouped);
         let ends = [group.rates.first(), group.rates.last()].map(|rate| rate.copied().unwrap_or_default());
         let peak = group.rates.iter().copied().fold(0.0, f64::max);
         let rate = if peak == 0.0 {

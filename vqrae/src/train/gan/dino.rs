@@ -93,7 +93,7 @@ impl Backbone {
             interpolation: Interpolation::Bicubic,
             features: Features::BeforeNorm,
         };
-        let mut tensors = weights::tower(tensors, &layout).map_err(|e| Error::weights(path, e))?;
+        let mut tensors = weights::layout_tower(tensors, &layout).map_err(|e| Error::weights(path, e))?;
         tensors.retain(|name, _| !name.starts_with("post_layernorm."));
         let block = |name: &String| name.strip_prefix("layers.")?.split('.').next()?.parse::<usize>().ok();
         layout.vit.depth = tensors.keys().filter_map(block).max().map_or(0, |last| last + 1);
