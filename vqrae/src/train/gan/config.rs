@@ -22,7 +22,7 @@ pub enum Kind {
 pub struct Config {
     /// Which discriminator.
     pub discriminator: Kind,
-    /// The frozen DINO of `dino`, a safetensors file.
+    /// The frozen DINO of `dino`: safetensors, or a file of PyTorch's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<PathBuf>,
     /// What the two minimise.

@@ -56,14 +56,14 @@ pub struct Backbone {
 }
 
 impl Backbone {
-    /// Reads a safetensors file of a DINO ViT, under its authors' names or Hugging Face's. Its sizes are those of its
+    /// Reads a file of a DINO ViT (safetensors, or PyTorch's by its ending), under its authors' names or Hugging Face's. Its sizes are those of its
     /// tensors, but for the attention heads.
     ///
     /// # Errors
     /// If the file is missing or broken, or its tensors are not a ViT's.
     pub fn read(path: &Path, config: &Config) -> error::Result<Self> {
-        let tensors = weights::read_file(path)?;
-        let wrong = |reason: &str| Error::weights(path, format!("{reason}; expected: a DINO ViT in safetensors"));
+        let tensors = weights::read_any(path)?;
+        let wrong = |reason: &str| Error::weights(path, format!("{reason}; expected: the tensors of a DINO ViT"));
         let dims = |rank: usize| {
             let is = |dims: &&[usize]| dims.len() == rank && (rank != 3 || dims[0] == 1 && dims[1] > 1);
             tensors.values().map(Tensor::dims).find(is)
@@ -316,5 +316,5 @@ pub(super) fn iterate(parameters: &BTreeMap<String, Var>, vectors: &BTreeMap<Str
 
 /// Where a DINO's weights are missing from a config.
 pub(super) fn weights_of(weights: Option<&PathBuf>) -> std::result::Result<&PathBuf, String> {
-    weights.ok_or_else(|| "gan.weights is missing, expected: the DINO that gan.discriminator = \"dino\" looks with, a safetensors file".to_string())
+    weights.ok_or_else(|| "gan.weights is missing, expected: the DINO that gan.discriminator = \"dino\" looks with, such as dino_vit_small_patch8_224.pth".to_string())
 }
