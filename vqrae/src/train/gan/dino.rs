@@ -97,6 +97,9 @@ impl Backbone {
         tensors.retain(|name, _| !name.starts_with("post_layernorm."));
         let block = |name: &String| name.strip_prefix("layers.")?.split('.').next()?.parse::<usize>().ok();
         layout.vit.depth = tensors.keys().filter_map(block).max().map_or(0, |last| last + 1);
+        if layout.vit.depth == 0 {
+            return Err(wrong("no blocks (layers.N, blocks.N)"));
+        }
         layout.vit.mlp_width = tensors.get("layers.0.mlp.fc1.bias").map_or(1, Tensor::elem_count);
         layout.check(side * patch).map_err(|reason| Error::weights(path, reason))?;
         if let Some(name) = tensors.keys().find(|name| !name.starts_with("layers.") && !name.starts_with("embeddings."))
