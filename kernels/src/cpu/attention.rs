@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::pieces::Shared;
 use super::product::{PANEL, Packed};
 use super::{Element, Isa, Matrix};
 use crate::vector::{exp2, max};
@@ -23,8 +24,7 @@ pub fn attention<T: Element>(qkv: &Matrix<T>, heads: usize, isa: Isa, out: &mut 
     assert_eq!((qkv.rows(), qkv.columns(), d % heads), (n, 3 * d, 0), "attention: the shapes do not fit");
     let width = d / heads;
     let stride = out.stride();
-    let shared = Shared(out.padded_mut().as_mut_ptr());
-    let shared = &shared;
+    let shared = Shared::new(out.padded_mut());
     (0..heads).into_par_iter().for_each_init(
         || Scratch::new(n, width, isa),
         |scratch, head| {
@@ -36,7 +36,7 @@ pub fn attention<T: Element>(qkv: &Matrix<T>, heads: usize, isa: Isa, out: &mut 
                 scratch.block(qkv, rows.clone(), first, width);
                 for (i, row) in rows.enumerate() {
                     // SAFETY: this head's columns of one row, which no other piece of work writes.
-                    let out = unsafe { std::slice::from_raw_parts_mut(shared.0.add(row * stride + first), width) };
+                    let out = unsafe { shared.slice(row * stride + first, width) };
                     let sums = &scratch.sums[i * scratch.width_padded..][..width];
                     let scale = scratch.scales[i];
                     out.iter_mut().zip(sums).for_each(|(out, sum)| *out = T::narrow(sum * scale));
@@ -45,11 +45,6 @@ pub fn attention<T: Element>(qkv: &Matrix<T>, heads: usize, isa: Isa, out: &mut 
         },
     );
 }
-
-/// The elements of a matrix, written from several threads at places that differ.
-struct Shared<T>(*mut T);
-// SAFETY: `attention` writes every element from one head alone.
-unsafe impl<T> Sync for Shared<T> {}
 
 /// One head's keys and values, packed, and one block of queries at work.
 struct Scratch<T> {

@@ -2,15 +2,11 @@
 
 use rayon::prelude::*;
 
+use super::pieces::{self, Shared};
 use super::product::{PANEL, Packed};
 use super::{Element, Matrix};
 use crate::vector::{gelu, gelu_erf, sigmoid};
 use crate::vectorised;
-
-/// Rows of a piece of work: whole strips of every instruction set (6 rows, or 32).
-const ROWS: usize = 96;
-/// Panels of a piece of work. Its sums (48 KiB) and a group of packed columns stay in the second-level cache.
-const PANELS: usize = 8;
 
 /// What becomes of the sums, bias added.
 pub enum End<'a, T> {
@@ -100,11 +96,6 @@ vectorised! {
     }
 }
 
-/// The elements of a matrix, written from several threads at places that differ.
-struct Shared<T>(*mut T);
-// SAFETY: `each` writes every element from one piece of work alone.
-unsafe impl<T> Sync for Shared<T> {}
-
 fn each<T: Element, O: Element, F: Finish<O>>(
     x: &Matrix<T>,
     weight: &Packed<T>,
@@ -114,28 +105,18 @@ fn each<T: Element, O: Element, F: Finish<O>>(
 ) {
     let (n, d, e) = (x.rows(), weight.inner(), weight.columns());
     assert_eq!((x.columns(), bias.len(), out.rows(), out.columns()), (d, e, n, e), "linear: the shapes do not fit");
-    let (blocks, groups) = (n.div_ceil(ROWS), weight.panels().div_ceil(PANELS));
     let stride = out.stride();
-    let shared = Shared(out.padded_mut().as_mut_ptr());
-    let shared = &shared;
-    // A group's packed columns meet all rows before the next group is read.
-    (0..groups * blocks).into_par_iter().for_each_init(
-        || vec![0f32; ROWS * PANELS * PANEL],
-        |sums, piece| {
-            let (group, block) = (piece / blocks, piece % blocks);
-            let rows = block * ROWS..n.min((block + 1) * ROWS);
-            let panels = group * PANELS..weight.panels().min((group + 1) * PANELS);
-            let width = panels.len() * PANEL;
-            weight.multiply(sums, width, x, rows.clone(), 0, panels.clone());
-            let columns = panels.start * PANEL..e.min(panels.end * PANEL);
-            for (sums, row) in sums.chunks_exact(width).zip(rows) {
-                let at = row * stride + columns.start;
-                // SAFETY: row and columns lie within the matrix and belong to this piece alone.
-                let out = unsafe { std::slice::from_raw_parts_mut(shared.0.add(at), columns.len()) };
-                finish_row(out, sums, &bias[columns.clone()], finish);
-            }
-        },
-    );
+    let shared = Shared::new(out.padded_mut());
+    pieces::each(n, weight.panels(), |sums, rows, panels| {
+        let width = panels.len() * PANEL;
+        weight.multiply(sums, width, x, rows.clone(), 0, panels.clone());
+        let columns = panels.start * PANEL..e.min(panels.end * PANEL);
+        for (sums, row) in sums.chunks_exact(width).zip(rows) {
+            // SAFETY: these columns of this row belong to this piece alone.
+            let out = unsafe { shared.slice(row * stride + columns.start, columns.len()) };
+            finish_row(out, sums, &bias[columns.clone()], finish);
+        }
+    });
 }
 
 /// `silu(a) · b`, a and b the halves of every row.

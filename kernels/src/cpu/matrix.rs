@@ -23,6 +23,9 @@ pub trait Element: Copy + Debug + Default + PartialEq + Send + Sync + 'static + 
     fn narrow(x: f32) -> Self;
     /// The same number in f32.
     fn widen(self) -> f32;
+    /// Numbers of f32 as they are, where this is f32.
+    #[doc(hidden)]
+    fn as_is(values: &[f32]) -> Option<&[Self]>;
     #[doc(hidden)]
     fn kernel(isa: Isa) -> Kernel<Self>;
 }
@@ -48,6 +51,10 @@ impl Element for f32 {
         self
     }
 
+    fn as_is(values: &[f32]) -> Option<&[Self]> {
+        Some(values)
+    }
+
     fn kernel(isa: Isa) -> Kernel<Self> {
         product::f32_kernel(isa)
     }
@@ -70,6 +77,10 @@ impl Element for Bf16 {
         f32::from_bits(u32::from(self.0) << 16)
     }
 
+    fn as_is(_: &[f32]) -> Option<&[Self]> {
+        None
+    }
+
     fn kernel(isa: Isa) -> Kernel<Self> {
         product::bf16_kernel(isa)
     }
@@ -78,12 +89,12 @@ impl Element for Bf16 {
 /// One cache line.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([u8; LINE]);
+pub(super) struct Line([u8; LINE]);
 
 const LINE: usize = 64;
 
 /// Numbers that start at a cache line, zero at first.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(super) struct Buffer<T> {
     lines: Vec<Line>,
     len: usize,
@@ -94,6 +105,33 @@ impl<T: Element> Buffer<T> {
     pub(super) fn new(len: usize) -> Self {
         let lines = (len * size_of::<T>()).div_ceil(LINE);
         Self { lines: vec![Line([0; LINE]); lines], len, element: PhantomData }
+    }
+
+    /// No elements yet, in memory that was another's.
+    pub(super) fn of(lines: Vec<Line>) -> Self {
+        Self { lines, len: 0, element: PhantomData }
+    }
+
+    /// Its memory, for another.
+    pub(super) fn into_lines(self) -> Vec<Line> {
+        self.lines
+    }
+
+    /// Room for `len` elements, whose values are whatever was there.
+    pub(super) fn resize(&mut self, len: usize) {
+        let lines = (len * size_of::<T>()).div_ceil(LINE);
+        if lines > self.lines.len() {
+            self.lines.resize(lines, Line([0; LINE]));
+        }
+        self.len = len;
+    }
+
+    /// Elements from one row of `columns` to the next: whole steps, and an odd number of lines, so that a column's elements
+    /// spread over the cache. No less than three lines: a product may begin within a row, as attention's does at a head,
+    /// and read a whole step.
+    pub(super) fn row_stride(columns: usize) -> usize {
+        let lines = (columns.next_multiple_of(T::STEP) * size_of::<T>()).div_ceil(LINE).max(2) | 1;
+        lines * LINE / size_of::<T>()
     }
 
     pub(super) fn as_slice(&self) -> &[T] {
@@ -107,8 +145,7 @@ impl<T: Element> Buffer<T> {
     }
 }
 
-/// A row-major matrix. Rows start at cache lines and are an odd number of these apart, so that a column's elements spread
-/// over the cache; the padding between them is zero.
+/// A row-major matrix. Rows start at cache lines and are an odd number of these apart; the padding between them is zero.
 #[derive(Clone)]
 pub struct Matrix<T> {
     data: Buffer<T>,
@@ -132,9 +169,7 @@ impl Matrix<f32> {
 impl<T: Element> Matrix<T> {
     /// Zeros.
     pub fn new(rows: usize, columns: usize) -> Self {
-        // No less than three: a product may begin within a row, as attention's does at a head, and read a whole step.
-        let lines = (columns.next_multiple_of(T::STEP) * size_of::<T>()).div_ceil(LINE).max(2) | 1;
-        let stride = lines * LINE / size_of::<T>();
+        let stride = Buffer::<T>::row_stride(columns);
         Self { data: Buffer::new(rows * stride), rows, columns, stride }
     }
 

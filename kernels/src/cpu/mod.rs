@@ -12,6 +12,7 @@ mod isa;
 mod linear;
 mod matrix;
 mod norm;
+mod pieces;
 pub(crate) mod product;
 #[cfg(test)]
 mod tests;

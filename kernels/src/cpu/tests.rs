@@ -3,7 +3,7 @@
 use super::*;
 
 /// Values in (−1, 1) from a linear congruential generator.
-fn values(len: usize, seed: u64) -> Vec<f32> {
+pub(super) fn values(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed;
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -20,7 +20,7 @@ fn matrix<T: Element>(rows: usize, columns: usize, seed: u64) -> Matrix<T> {
     matrix
 }
 
-fn rounded<T: Element>(x: f32) -> f64 {
+pub(super) fn rounded<T: Element>(x: f32) -> f64 {
     f64::from(T::narrow(x).widen())
 }
 

@@ -101,7 +101,7 @@ impl CustomOp3 for LinearOp {
             let (g_view, w_view) = (View::new(g, m, e, e), View::new(w, e, d, d));
             let product = |rows: usize, a: View, b: View| {
                 let mut out = vec![0f32; rows * d];
-                dense::multiply(&mut out, d, a, b, Into::Replace, isa);
+                dense::multiply::<f32>(&mut out, d, a, b, Into::Replace, isa);
                 out
             };
             let x_grad = x.track_op().then(|| matrix(product(m, g_view, w_view), x.shape())).transpose()?;
@@ -148,7 +148,7 @@ fn forward(x: &[f32], weight: &[f32], bias: &[f32], tokens: usize, d: usize, e: 
     let weight = View::new(weight, e, d, d).t();
     let tokens = if isa == Isa::PORTABLE { tokens } else { x.len() / d };
     out.par_chunks_mut(tokens * e).zip(x.par_chunks(tokens * d)).for_each(|(out, x)| {
-        dense::multiply(out, e, View::new(x, x.len() / d, d, d), weight, Into::Add, isa);
+        dense::multiply::<f32>(out, e, View::new(x, x.len() / d, d, d), weight, Into::Add, isa);
     });
     out
 }
