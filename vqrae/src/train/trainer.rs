@@ -78,7 +78,10 @@ impl<'a> Trainer<'a> {
         let buckets = config.train.buckets(preprocessor.size, &model)?;
         let distillation = config.stage.as_ref().and_then(Stage::distillation);
         let of_start = |wanted| Teacher::of(wanted, config.start.folder(), &config.model.encoder);
-        let teacher = distillation.map(of_start).transpose()?.flatten();
+        let mut teacher = distillation.map(of_start).transpose()?.flatten();
+        if let Some(teacher) = &mut teacher {
+            teacher.multiply_in(config.train.compute);
+        }
         let hash = teacher.as_ref().map(|teacher| teacher.hash.clone());
         let mut gan = config.start_gan(&preprocessor)?;
         let (tensors, moments, average, state) = match found {
@@ -102,6 +105,7 @@ impl<'a> Trainer<'a> {
         let parameters = Parameters::of(&tensors, &config.groups, &model)?;
         let mut network =
             Network::load(VarBuilder::from_tensors(parameters.tracked(), DType::F32, &Device::Cpu), &model)?;
+        network.multiply_in(config.train.compute);
         let recompute = Recompute::default();
         if config.train.checkpoint_blocks {
             let runner: Arc<dyn crate::vit::RunBlock> = Arc::new(recompute.clone());
