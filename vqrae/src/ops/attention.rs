@@ -27,8 +27,7 @@ pub fn attention(precision: Precision, q: &Tensor, k: &Tensor, v: &Tensor, heads
     if !super::fused(q) || n == 0 {
         return super::composed::attention(precision, q, k, v, heads);
     }
-    let out = q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention { heads, precision })?; // [B,heads,N,D/heads]
-    out.transpose(1, 2)?.reshape((b, n, d))
+    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention { heads, precision })
 }
 
 struct Attention {
@@ -60,7 +59,7 @@ impl CustomOp3 for Attention {
             Precision::F32 => sizes.forward_heads::<f32>(&mut out, inputs, super::isa()?),
             Precision::Bf16 => sizes.forward_heads::<Bf16>(&mut out, inputs, super::isa()?),
         }
-        Ok((CpuStorage::F32(out), Shape::from((sizes.b, sizes.heads, sizes.n, sizes.head_width))))
+        Ok((CpuStorage::F32(sizes.side_by_side(&out)), q_layout.shape().clone()))
     }
 
     fn bwd(
@@ -71,11 +70,9 @@ impl CustomOp3 for Attention {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (b, n, d) = q.dims3()?;
-        let grad = grad.transpose(1, 2)?.reshape((b, n, d))?.contiguous()?;
         let stacked = Tensor::stack(&[&q.detach(), &k.detach(), &v.detach(), &grad.detach()], 0)?; // [4,B,N,D]
-        let grads = stacked.apply_op1_no_bwd(&AttentionGradient { heads: self.heads, precision: self.precision })?; // [3,B,heads,N,D/heads]
-        let part = |i: usize| grads.get(i)?.transpose(1, 2)?.reshape((b, n, d)).map(Some);
+        let grads = stacked.apply_op1_no_bwd(&AttentionGradient { heads: self.heads, precision: self.precision })?; // [3,B,N,D]
+        let part = |i: usize| grads.get(i).map(Some);
         Ok((part(0)?, part(1)?, part(2)?))
     }
 }
@@ -103,13 +100,12 @@ impl CustomOp1 for AttentionGradient {
             Precision::F32 => sizes.backward_heads::<f32>(&mut out, inputs, super::isa()?),
             Precision::Bf16 => sizes.backward_heads::<Bf16>(&mut out, inputs, super::isa()?),
         }
-        Ok((CpuStorage::F32(out), Shape::from(vec![3, b, self.heads, n, sizes.head_width])))
+        Ok((CpuStorage::F32(sizes.side_by_side(&out)), Shape::from((3, b, n, d))))
     }
 }
 
 #[derive(Clone, Copy)]
 struct Sizes {
-    b: usize,
     n: usize,
     heads: usize,
     head_width: usize,
@@ -117,8 +113,8 @@ struct Sizes {
 
 impl Sizes {
     fn new(shape: &Shape, heads: usize) -> Result<Self> {
-        let (b, n, d) = shape.dims3()?;
-        Ok(Self { b, n, heads, head_width: d / heads })
+        let (_, n, d) = shape.dims3()?;
+        Ok(Self { n, heads, head_width: d / heads })
     }
 
     fn head_len(&self) -> usize {
@@ -137,6 +133,20 @@ impl Sizes {
     /// Rows `first .. first + rows` of one head.
     fn view<'a>(&self, head: &'a [f32], first: usize, rows: usize) -> View<'a> {
         View::new(&head[first * self.width()..], rows, self.head_width, self.width())
+    }
+
+    /// `[…, heads, N, D/heads]`, as heads are computed, to `[…, N, D]`.
+    fn side_by_side(&self, heads: &[f32]) -> Vec<f32> {
+        let mut out = vec![0f32; heads.len()];
+        let (image, width) = (self.n * self.width(), self.head_width);
+        out.par_chunks_mut(image).zip(heads.par_chunks(image)).for_each(|(out, heads)| {
+            for (head, values) in heads.chunks_exact(self.head_len()).enumerate() {
+                for (out, values) in out.chunks_exact_mut(self.width()).zip(values.chunks_exact(width)) {
+                    out[head * width..][..width].copy_from_slice(values);
+                }
+            }
+        });
+        out
     }
 
     fn scale(&self) -> f32 {

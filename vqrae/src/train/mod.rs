@@ -7,6 +7,7 @@
 //! what the quantizer draws follow from (seed, step). So a run that goes on from a checkpoint ends with the same bits.
 
 mod averaging;
+mod blocks;
 pub mod checkpoint;
 mod config;
 pub mod data;
@@ -17,7 +18,6 @@ pub mod loss;
 pub mod optimizer;
 mod parameters;
 pub mod plan;
-mod recompute;
 pub mod schedule;
 pub mod stage;
 pub mod start;

@@ -10,6 +10,7 @@ use candle_nn::VarBuilder;
 use rand::RngCore;
 
 use super::averaging::WeightAverage;
+use super::blocks::Blocks;
 use super::checkpoint::{self, Checkpoint, State};
 use super::config::{Config, GROUPS};
 use super::data::{self, Batch, Photos, Sizes};
@@ -19,7 +20,6 @@ use super::log::{Event, Journal, Observer, StepLog, Window};
 use super::loss::{Losses, RECONSTRUCTION, Seen};
 use super::optimizer::{self, AdamW, Gradients};
 use super::parameters::Parameters;
-use super::recompute::Recompute;
 use super::stage::{Stage, Teacher};
 use crate::error::{Error, Result};
 use crate::files;
@@ -41,7 +41,7 @@ pub(super) struct Trainer<'a> {
     pub(super) state: State,
     pub(super) journal: Journal,
     network: Network,
-    recompute: Recompute,
+    blocks: Blocks,
     teacher: Option<Teacher>,
     losses: Losses,
     gan: Option<Gan>,
@@ -106,11 +106,9 @@ impl<'a> Trainer<'a> {
         let mut network =
             Network::load(VarBuilder::from_tensors(parameters.tracked(), DType::F32, &Device::Cpu), &model)?;
         network.multiply_in(config.train.compute);
-        let recompute = Recompute::default();
-        if config.train.checkpoint_blocks {
-            let runner: Arc<dyn crate::vit::RunBlock> = Arc::new(recompute.clone());
-            network.run_by(&runner);
-        }
+        let blocks = Blocks::new(config.train.checkpoint_blocks);
+        let runner: Arc<dyn crate::vit::RunBlock> = Arc::new(blocks.clone());
+        network.run_by(&runner);
         if let Some(latent) = &network.latent {
             buckets.iter().try_for_each(|sizes| latent.check_grid(network.grid(sizes.input.0, sizes.input.1)?))?;
         }
@@ -135,7 +133,7 @@ impl<'a> Trainer<'a> {
         let average = shadow;
         #[rustfmt::skip]
         let trainer = Self {
-            config, output, preprocessor, buckets, parameters, average, state, journal, network, recompute, teacher, losses,
+            config, output, preprocessor, buckets, parameters, average, state, journal, network, blocks, teacher, losses,
             gan, optimizer, window, skipped_photos: 0,
         };
         Ok(trainer)
@@ -262,7 +260,7 @@ impl<'a> Trainer<'a> {
             }
             sum.painted.push(painted.detach());
         }
-        sum.gradients.add(Gradients::of(&self.parameters.trained, &self.recompute.backward(&terms.total)?)?);
+        sum.gradients.add(Gradients::of(&self.parameters.trained, self.blocks.backward(&terms.total)?)?);
         let scalar = |tensor: &Tensor| Ok::<f64, Error>(f64::from(tensor.to_scalar::<f32>()?));
         sum.loss += scalar(&terms.total)?;
         for (name, term) in &terms.named {

@@ -244,7 +244,7 @@ impl Gan {
         let loss = self.config.loss.discriminator(&real, &fake)?;
         let lecam = self.lecam(&real.mean_all()?, &fake.mean_all()?)?;
         let total = (&loss + &lecam)?;
-        let gradients = Gradients::of(&self.parameters, &total.backward()?)?;
+        let gradients = Gradients::of(&self.parameters, total.backward()?)?;
         let log = DiscriminatorLog {
             loss: scalar(&loss)?,
             lecam: scalar(&lecam)?,
