@@ -328,7 +328,7 @@ fn ten_steps(case: &str, mut gan: Gan) -> Result<()> {
         let total = (&reconstruction + &term.term)?;
         let weighted = f64::from(term.term.to_scalar::<f32>()?);
         assert!((weighted - term.weight * term.loss).abs() < 1e-4 * (1.0 + weighted.abs()));
-        optimizer.step(&toy.w, &Gradients::of(&toy.w, &total.backward()?)?, step, |_| 1e-2)?;
+        optimizer.step(&toy.w, &Gradients::of(&toy.w, total.backward()?)?, step, |_| 1e-2)?;
         let log = gan.discriminator_step(&images, &painted, step)?.expect("a step");
         rows.extend(
             [

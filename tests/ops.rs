@@ -1,7 +1,7 @@
 //! Every fused op against its plain sibling in f64: values and gradients, in shapes that fill no block evenly.
 
 use candle_core::{Result, Var};
-use vqrae::ops::{self, Window, composed};
+use vqrae::ops::{self, Precision, Window, composed};
 use vqrae::{DType, Tensor};
 
 use crate::compare::{PARITY, Tolerance, assert_close, assert_same_bits, noise, say};
@@ -43,8 +43,8 @@ fn linear_equals_its_plain_sibling() {
         assert_siblings(
             &format!("linear {shape:?} to {e}"),
             &inputs,
-            |x| ops::linear(&x[0], &x[1], &x[2]),
-            |x| composed::linear(&x[0], &x[1], &x[2]),
+            |x| ops::linear(Precision::F32, &x[0], &x[1], &x[2]),
+            |x| composed::linear(Precision::F32, &x[0], &x[1], &x[2]),
         );
     }
 }
@@ -55,8 +55,8 @@ fn linear_takes_a_transposed_input() {
     assert_siblings(
         "linear of a transposed input",
         &inputs,
-        |x| ops::linear(&x[0].transpose(1, 2)?, &x[1], &x[2]),
-        |x| composed::linear(&x[0].transpose(1, 2)?, &x[1], &x[2]),
+        |x| ops::linear(Precision::F32, &x[0].transpose(1, 2)?, &x[1], &x[2]),
+        |x| composed::linear(Precision::F32, &x[0].transpose(1, 2)?, &x[1], &x[2]),
     );
 }
 
@@ -223,8 +223,8 @@ fn attention_equals_its_plain_sibling() {
         assert_siblings(
             &format!("attention of {n} tokens, {heads} heads of {head_width}"),
             &inputs,
-            |x| ops::attention(&x[0], &x[1], &x[2], heads),
-            |x| composed::attention(&x[0], &x[1], &x[2], heads),
+            |x| ops::attention(Precision::F32, &x[0], &x[1], &x[2], heads),
+            |x| composed::attention(Precision::F32, &x[0], &x[1], &x[2], heads),
         );
     }
 }
@@ -234,9 +234,9 @@ fn attention_survives_scores_that_overflow_exp() {
     // q·(k + c) = q·k + q·c: every score of a query is hundreds off zero, and the weights are as before.
     let [q, k, v] = ["q", "k", "v"].map(|name| noise(name, &[1, 9, 8]));
     let far = (&k + 300.0).unwrap();
-    let got = ops::attention(&q, &far, &v, 1).unwrap();
+    let got = ops::attention(Precision::F32, &q, &far, &v, 1).unwrap();
     let wide = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
-    let expected = composed::attention(&wide(&q), &wide(&far), &wide(&v), 1).unwrap();
+    let expected = composed::attention(Precision::F32, &wide(&q), &wide(&far), &wide(&v), 1).unwrap();
     let worst = assert_close("attention with large scores", &got, &expected, PARITY);
     say(&format!("attention with scores of hundreds: {worst:.1e}"));
 }
@@ -246,13 +246,13 @@ fn ops_refuse_shapes_that_do_not_fit() {
     let x = noise("x", &[2, 4, 6]);
     let image = noise("image", &[1, 3, 5, 5]);
     let refused = [
-        ops::linear(&x, &noise("w", &[3, 5]), &noise("b", &[3])),
-        ops::linear(&x, &noise("w", &[3, 6]), &noise("b", &[4])),
+        ops::linear(Precision::F32, &x, &noise("w", &[3, 5]), &noise("b", &[3])),
+        ops::linear(Precision::F32, &x, &noise("w", &[3, 6]), &noise("b", &[4])),
         ops::layer_norm(&x, &noise("w", &[5]), &noise("b", &[5]), 1e-6),
         ops::layer_norm(&x, &noise("w", &[6]), &noise("b", &[5]), 1e-6),
-        ops::attention(&x, &x, &x, 4),
-        ops::attention(&x, &x, &x, 0),
-        ops::attention(&x, &noise("k", &[2, 5, 6]), &x, 2),
+        ops::attention(Precision::F32, &x, &x, &x, 4),
+        ops::attention(Precision::F32, &x, &x, &x, 0),
+        ops::attention(Precision::F32, &x, &noise("k", &[2, 5, 6]), &x, 2),
         ops::conv2d(&image, &noise("w", &[2, 4, 3, 3]), None, Window::default()),
         ops::conv2d(&image, &noise("w", &[2, 3, 6, 6]), None, Window::default()),
         ops::conv2d(&image, &noise("w", &[2, 3, 3, 3]), Some(&noise("b", &[3])), Window::default()),
@@ -268,4 +268,44 @@ fn ops_refuse_shapes_that_do_not_fit() {
     for (i, result) in refused.into_iter().enumerate() {
         assert!(result.is_err(), "case {i} was accepted");
     }
+}
+
+/// bf16 has 8 bits of mantissa, so a product of n numbers is off by about 2⁻⁸ of its terms, and not by more.
+#[test]
+fn products_of_bf16_are_rounded_products() {
+    const ROUNDED: Tolerance = Tolerance { relative: 1.5e-2, absolute: 1e-6 };
+    let run = |precision: Precision, op: &dyn Fn(Precision, &[Tensor]) -> Result<Tensor>, inputs: &[Tensor]| {
+        let vars = inputs.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>().unwrap();
+        let tensors: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let out = op(precision, &tensors).unwrap();
+        let upstream = noise("upstream", out.dims());
+        let grads = (&out * &upstream).unwrap().sum_all().unwrap().backward().unwrap();
+        let of = |var: &Var| grads.get(var).unwrap().clone();
+        std::iter::once(out).chain(vars.iter().map(of)).collect::<Vec<_>>()
+    };
+    let linear = |precision, x: &[Tensor]| ops::linear(precision, &x[0], &x[1], &x[2]);
+    let attention = |precision, x: &[Tensor]| ops::attention(precision, &x[0], &x[1], &x[2], 3);
+    let inputs = [noise("x", &[2, 65, 72]), noise("w", &[33, 72]), noise("b", &[33])];
+    let tokens = ["q", "k", "v"].map(|name| noise(name, &[2, 150, 72]));
+    for (what, op, inputs) in [
+        ("linear", &linear as &dyn Fn(Precision, &[Tensor]) -> Result<Tensor>, &inputs),
+        ("attention", &attention, &tokens),
+    ] {
+        let (rounded, exact) = (run(Precision::Bf16, op, inputs), run(Precision::F32, op, inputs));
+        for (i, (rounded, exact)) in rounded.iter().zip(&exact).enumerate() {
+            let off = assert_close(&format!("{what} in bf16, {i}"), rounded, exact, ROUNDED);
+            let is_sum_of_rows = what == "linear" && i == 3;
+            assert_eq!(off > 1e-5, !is_sum_of_rows, "{what}, {i}: {off:e}, and bf16 rounds to 4e-3");
+        }
+    }
+    // The plain sibling, which other devices run, rounds the same numbers.
+    let plain = |precision, x: &[Tensor]| composed::linear(precision, &x[0], &x[1], &x[2]);
+    let (ours, plain) = (run(Precision::Bf16, &linear, &inputs), run(Precision::Bf16, &plain, &inputs));
+    // Its result is bf16 too, the ends of a sum in f32 are not.
+    assert_close(
+        "linear in bf16 beside its plain sibling",
+        &ours[0],
+        &plain[0],
+        Tolerance { relative: 4e-3, absolute: 0.0 },
+    );
 }

@@ -187,6 +187,19 @@ fn the_start_from_principal_components_beats_a_random_one_and_training_improves_
 }
 
 #[test]
+fn a_start_that_looks_at_neighbours_beats_one_that_does_not() {
+    let bench = Bench::new();
+    let sizes = ["model.encoder.hidden_size=64", "model.encoder.num_attention_heads=8", "train.steps=1"];
+    let sizes: Vec<_> = sizes.iter().flat_map(|set| ["--set", set]).collect();
+    succeeds(&bench.train("alone", &sizes));
+    let together = [&sizes[..], &["--set", "start.neighbours=true"]].concat();
+    succeeds(&bench.train("together", &together));
+    let (alone, together) = (validation(&bench.log("alone")), validation(&bench.log("together")));
+    assert!(together[0] > alone[0] + 0.3, "with neighbours {together:?}, without {alone:?}");
+    fails_with(&bench.train("few heads", &["--set", "start.neighbours=true"]), &["start.neighbours", "8 heads"]);
+}
+
+#[test]
 fn a_run_that_was_killed_ends_with_the_same_bits() {
     let bench = Bench::new();
     succeeds(&bench.train("whole", &[]));

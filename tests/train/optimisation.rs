@@ -98,6 +98,27 @@ fn blocks_that_are_computed_again_give_the_same_bits() {
 }
 
 #[test]
+fn products_in_bf16_train_nearly_as_those_in_f32() {
+    let bench = Bench::new();
+    let last = |run: &str, more: &str| {
+        succeeds(&bench.train(run, &["--set", "start={from=\"random\"}", "--set", more]));
+        let log = bench.log(run);
+        log.iter()
+            .filter_map(|line| line["terms"]["reconstruction"].as_f64())
+            .next_back()
+            .expect("a line of the last step")
+    };
+    let (f32, bf16) = (last("f32", "train.compute=\"f32\""), last("bf16", "train.compute=\"bf16\""));
+    assert!((bf16 / f32 - 1.0).abs() < 0.02 && bf16 != f32, "f32 {f32}, bf16 {bf16}");
+    // Weights and moments of both are f32.
+    let of = |run: &str| bench.tensors(run, 12, "model");
+    for (name, tensor) in of("bf16") {
+        assert_eq!(tensor.dtype(), vqrae::DType::F32, "{name}");
+        assert!(values(&tensor).iter().zip(values(&of("f32")[&name])).all(|(a, b)| (a - b).abs() < 0.02), "{name}");
+    }
+}
+
+#[test]
 fn the_average_of_the_weights_is_saved_validated_and_written() {
     let bench = Bench::new();
     let wishes = sets(&["train.ema_decay=0.75", "train.keep_checkpoints=99", "train.validate_every=1"]);

@@ -10,7 +10,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
-use crate::ops::{Linear, Norm};
+use crate::ops::{Linear, Norm, Precision};
 use crate::vit::{self, Positions, RunBlock, Vit};
 
 /// The `decoder` section of `config.json`. A missing field takes the encoder's value: the symmetric decoder of the paper.
@@ -183,6 +183,11 @@ impl Decoder {
     /// Has every block run by `runner`.
     pub(crate) fn run_by(&mut self, runner: Arc<dyn RunBlock>) {
         self.layers.run_by(runner);
+    }
+
+    /// Has the products of the blocks read numbers of `precision`.
+    pub(crate) fn multiply_in(&mut self, precision: Precision) {
+        self.layers.multiply_in(precision);
     }
 
     /// Tokens of a grid to pixels, in the normalised range of the encoder's input.

@@ -16,6 +16,7 @@ use crate::fusion::Fusion;
 use crate::image::Preprocessor;
 use crate::inference::{self, Inference};
 use crate::latent::{self, Latent};
+use crate::ops::Precision;
 use crate::quantizer::{self, Quantized, Quantizer};
 use crate::vit::RunBlock;
 use crate::weights::{self, Fresh, Loader, Store, Tensors};
@@ -133,6 +134,13 @@ impl Network {
     pub(crate) fn run_by(&mut self, runner: &Arc<dyn RunBlock>) {
         self.encoder.run_by(runner.clone());
         self.decoder.run_by(runner.clone());
+    }
+
+    /// Has the products of the blocks read numbers of `precision`. Patches, quantizer and head, where rounding would show in
+    /// the codes or the pixels themselves, stay as they are.
+    pub(crate) fn multiply_in(&mut self, precision: Precision) {
+        self.encoder.multiply_in(precision);
+        self.decoder.multiply_in(precision);
     }
 
     /// Normalised pixels `[B, 3, H, W]` to what the quantizer sees, `[B, N, D]`: the features, normalised if the config

@@ -9,7 +9,7 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
-use crate::ops::{self, Linear, Norm};
+use crate::ops::{self, Linear, Norm, Precision};
 
 /// The sizes of a stack of transformer blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -96,7 +96,12 @@ impl Attention {
         if let Some((q_norm, k_norm)) = &self.qk_norms {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
-        self.out_proj.forward(&ops::attention(&q, &k, &v, self.heads)?)
+        self.out_proj.forward(&ops::attention(self.out_proj.precision, &q, &k, &v, self.heads)?)
+    }
+
+    fn multiply_in(&mut self, precision: Precision) {
+        let Self { q_proj, k_proj, v_proj, out_proj, .. } = self;
+        [q_proj, k_proj, v_proj, out_proj].into_iter().for_each(|linear| linear.multiply_in(precision));
     }
 }
 
@@ -127,6 +132,13 @@ impl Mlp {
                 (halves[0].silu()? * &halves[1])?
             }
         })
+    }
+}
+
+impl Mlp {
+    fn multiply_in(&mut self, precision: Precision) {
+        self.fc1.multiply_in(precision);
+        self.fc2.multiply_in(precision);
     }
 }
 
@@ -204,6 +216,14 @@ impl Vit {
     /// Has every block run by `runner`.
     pub(crate) fn run_by(&mut self, runner: Arc<dyn RunBlock>) {
         self.runner = Some(runner);
+    }
+
+    /// Has the products of every block read numbers of `precision`.
+    pub(crate) fn multiply_in(&mut self, precision: Precision) {
+        for layer in &mut self.layers {
+            layer.self_attn.multiply_in(precision);
+            layer.mlp.multiply_in(precision);
+        }
     }
 
     fn run(&self, block: &Block, x: &Tensor) -> Result<Tensor> {
@@ -392,7 +412,7 @@ impl PatchEmbedding {
     /// `[B, 3, H, W]` to `[B, h·w, D]`.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let patches = patchify(pixels, self.patch)?.to_dtype(self.weight.dtype())?;
-        ops::linear(&patches, &self.weight.flatten_from(1)?, &self.bias)
+        ops::linear(Precision::F32, &patches, &self.weight.flatten_from(1)?, &self.bias)
     }
 }
 

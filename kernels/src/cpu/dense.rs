@@ -72,16 +72,7 @@ impl<T: Element> Worker<T> {
     /// # Panics
     /// As [`multiply`].
     #[allow(clippy::too_many_arguments, reason = "gemm's own")]
-    pub fn multiply(
-        &mut self,
-        out: &mut [f32],
-        row_stride: usize,
-        a: View,
-        b: View,
-        scale: f32,
-        into: Into,
-        isa: Isa,
-    ) {
+    pub fn multiply(&mut self, out: &mut [f32], row_stride: usize, a: View, b: View, scale: f32, into: Into, isa: Isa) {
         let (m, n) = (a.rows(), b.columns());
         check(out, row_stride, a, b);
         if is_left_to_gemm::<T>(a, b, isa) {
@@ -293,7 +284,8 @@ mod tests {
                     (View::new(&a, m, k, k), b_t),
                     (a_t, b_t),
                 ] {
-                    for (into, here) in [(Into::Replace, false), (Into::Add, false), (Into::Replace, true), (Into::Add, true)]
+                    for (into, here) in
+                        [(Into::Replace, false), (Into::Add, false), (Into::Replace, true), (Into::Add, true)]
                     {
                         let (stride, scale) = (n + 2, if here { 0.5 } else { 1.0 });
                         let mut out = vec![7f32; m * stride];
@@ -304,7 +296,8 @@ mod tests {
                         for (i, row) in out.chunks_exact(stride).enumerate() {
                             assert_eq!(row[n..], [7., 7.], "{}", isa.name());
                             for (j, &got) in row[..n].iter().enumerate() {
-                                let sum: f64 = (0..k).map(|l| rounded::<T>(at(a, i, l)) * rounded::<T>(at(b, l, j))).sum();
+                                let sum: f64 =
+                                    (0..k).map(|l| rounded::<T>(at(a, i, l)) * rounded::<T>(at(b, l, j))).sum();
                                 let expected = sum * f64::from(scale) + if into == Into::Add { 7.0 } else { 0.0 };
                                 let off = (f64::from(got) - expected).abs();
                                 assert!(off < 3e-5, "{} {m}×{k}×{n} at {i}, {j}: off by {off:e}", isa.name());

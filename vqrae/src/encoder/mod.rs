@@ -23,6 +23,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
+use crate::ops::Precision;
 use crate::vit::RunBlock;
 
 /// Which encoder, and its sizes: the `encoder` section of `config.json`, told apart by its `model_type`.
@@ -166,6 +167,13 @@ impl Encoder {
     pub(crate) fn run_by(&mut self, runner: Arc<dyn RunBlock>) {
         if let Self::Tower(tower) = self {
             tower.run_by(runner);
+        }
+    }
+
+    /// Has the products of the blocks read numbers of `precision`.
+    pub(crate) fn multiply_in(&mut self, precision: Precision) {
+        if let Self::Tower(tower) = self {
+            tower.multiply_in(precision);
         }
     }
 

@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 use super::Features;
-use crate::ops::Norm;
+use crate::ops::{Norm, Precision};
 use crate::vit::{self, Interpolation, PatchEmbedding, Positions, RunBlock, Vit};
 
 /// What tells one encoder from another.
@@ -90,6 +90,11 @@ impl Tower {
     /// Has every block run by `runner`.
     pub(crate) fn run_by(&mut self, runner: Arc<dyn RunBlock>) {
         self.blocks.run_by(runner);
+    }
+
+    /// Has the products of the blocks read numbers of `precision`.
+    pub(crate) fn multiply_in(&mut self, precision: Precision) {
+        self.blocks.multiply_in(precision);
     }
 
     fn embed(&self, pixels: &Tensor) -> Result<Tensor> {

@@ -2,9 +2,13 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
-use vqrae_kernels::matrix::{Into, View, multiply};
+use vqrae_kernels::cpu::dense::Worker;
+use vqrae_kernels::cpu::{Bf16, Element, Isa};
+use vqrae_kernels::matrix::{Into, View};
 use vqrae_kernels::vector::{exp, max, sum};
 use vqrae_kernels::vectorised;
+
+use super::Precision;
 
 /// Queries whose scores are held at a time.
 const QUERIES: usize = 128;
@@ -15,20 +19,20 @@ const QUERIES: usize = 128;
 ///
 /// # Shapes
 /// - q, k, v and output: `[B, N, D]`, head h in the columns `h·D/heads ..`
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
+pub fn attention(precision: Precision, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, n, d) = q.dims3()?;
     if heads == 0 || !d.is_multiple_of(heads) || k.dims() != [b, n, d] || v.dims() != [b, n, d] {
         candle_core::bail!("attention: q {:?}, k {:?}, v {:?}, {heads} heads", q.dims(), k.dims(), v.dims());
     }
     if !super::fused(q) || n == 0 {
-        return super::composed::attention(q, k, v, heads);
+        return super::composed::attention(precision, q, k, v, heads);
     }
-    let out = q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention { heads })?; // [B,heads,N,D/heads]
-    out.transpose(1, 2)?.reshape((b, n, d))
+    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention { heads, precision })
 }
 
 struct Attention {
     heads: usize,
+    precision: Precision,
 }
 
 impl CustomOp3 for Attention {
@@ -50,10 +54,12 @@ impl CustomOp3 for Attention {
         let k = super::f32_slice(k, k_layout)?;
         let v = super::f32_slice(v, v_layout)?;
         let mut out = vec![0f32; q.len()];
-        out.par_chunks_mut(sizes.head_len()).enumerate().for_each(|(index, out)| {
-            sizes.forward(out, sizes.head(q, index), sizes.head(k, index), sizes.head(v, index));
-        });
-        Ok((CpuStorage::F32(out), Shape::from((sizes.b, sizes.heads, sizes.n, sizes.head_width))))
+        let inputs = [q, k, v];
+        match self.precision {
+            Precision::F32 => sizes.forward_heads::<f32>(&mut out, inputs, super::isa()?),
+            Precision::Bf16 => sizes.forward_heads::<Bf16>(&mut out, inputs, super::isa()?),
+        }
+        Ok((CpuStorage::F32(sizes.side_by_side(&out)), q_layout.shape().clone()))
     }
 
     fn bwd(
@@ -64,11 +70,9 @@ impl CustomOp3 for Attention {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (b, n, d) = q.dims3()?;
-        let grad = grad.transpose(1, 2)?.reshape((b, n, d))?.contiguous()?;
         let stacked = Tensor::stack(&[&q.detach(), &k.detach(), &v.detach(), &grad.detach()], 0)?; // [4,B,N,D]
-        let grads = stacked.apply_op1_no_bwd(&AttentionGradient { heads: self.heads })?; // [3,B,heads,N,D/heads]
-        let part = |i: usize| grads.get(i)?.transpose(1, 2)?.reshape((b, n, d)).map(Some);
+        let grads = stacked.apply_op1_no_bwd(&AttentionGradient { heads: self.heads, precision: self.precision })?; // [3,B,N,D]
+        let part = |i: usize| grads.get(i).map(Some);
         Ok((part(0)?, part(1)?, part(2)?))
     }
 }
@@ -76,6 +80,7 @@ impl CustomOp3 for Attention {
 /// The gradients of q, k, v from q, k, v and the output's gradient.
 struct AttentionGradient {
     heads: usize,
+    precision: Precision,
 }
 
 impl CustomOp1 for AttentionGradient {
@@ -89,23 +94,18 @@ impl CustomOp1 for AttentionGradient {
         let stacked = super::f32_slice(stacked, layout)?;
         let len = stacked.len() / 4;
         let part = |i: usize| &stacked[i * len..][..len];
-        let (q, k, v, grad) = (part(0), part(1), part(2), part(3));
+        let inputs = [part(0), part(1), part(2), part(3)];
         let mut out = vec![0f32; 3 * len];
-        let (q_grad, rest) = out.split_at_mut(len);
-        let (k_grad, v_grad) = rest.split_at_mut(len);
-        let size = sizes.head_len();
-        let heads = q_grad.par_chunks_mut(size).zip(k_grad.par_chunks_mut(size)).zip(v_grad.par_chunks_mut(size));
-        heads.enumerate().for_each(|(index, ((q_grad, k_grad), v_grad))| {
-            let inputs = [q, k, v, grad].map(|x| sizes.head(x, index));
-            sizes.backward([q_grad, k_grad, v_grad], inputs);
-        });
-        Ok((CpuStorage::F32(out), Shape::from(vec![3, b, self.heads, n, sizes.head_width])))
+        match self.precision {
+            Precision::F32 => sizes.backward_heads::<f32>(&mut out, inputs, super::isa()?),
+            Precision::Bf16 => sizes.backward_heads::<Bf16>(&mut out, inputs, super::isa()?),
+        }
+        Ok((CpuStorage::F32(sizes.side_by_side(&out)), Shape::from((3, b, n, d))))
     }
 }
 
 #[derive(Clone, Copy)]
 struct Sizes {
-    b: usize,
     n: usize,
     heads: usize,
     head_width: usize,
@@ -113,8 +113,8 @@ struct Sizes {
 
 impl Sizes {
     fn new(shape: &Shape, heads: usize) -> Result<Self> {
-        let (b, n, d) = shape.dims3()?;
-        Ok(Self { b, n, heads, head_width: d / heads })
+        let (_, n, d) = shape.dims3()?;
+        Ok(Self { n, heads, head_width: d / heads })
     }
 
     fn head_len(&self) -> usize {
@@ -135,46 +135,98 @@ impl Sizes {
         View::new(&head[first * self.width()..], rows, self.head_width, self.width())
     }
 
+    /// `[…, heads, N, D/heads]`, as heads are computed, to `[…, N, D]`.
+    fn side_by_side(&self, heads: &[f32]) -> Vec<f32> {
+        let mut out = vec![0f32; heads.len()];
+        let (image, width) = (self.n * self.width(), self.head_width);
+        out.par_chunks_mut(image).zip(heads.par_chunks(image)).for_each(|(out, heads)| {
+            for (head, values) in heads.chunks_exact(self.head_len()).enumerate() {
+                for (out, values) in out.chunks_exact_mut(self.width()).zip(values.chunks_exact(width)) {
+                    out[head * width..][..width].copy_from_slice(values);
+                }
+            }
+        });
+        out
+    }
+
     fn scale(&self) -> f32 {
         1.0 / (self.head_width as f32).sqrt()
     }
 
-    /// The attention weights of a block of queries, into `weights` `[rows, N]`.
-    fn weights(&self, weights: &mut [f32], q: &[f32], k: &[f32], first: usize, rows: usize) {
-        let (queries, keys) = (self.view(q, first, rows), self.view(k, 0, self.n));
-        multiply(weights, self.n, queries, keys.t(), self.scale(), Into::Replace);
-        weights.chunks_exact_mut(self.n).for_each(softmax_row);
+    fn forward_heads<T: Element>(&self, out: &mut [f32], inputs: [&[f32]; 3], isa: Isa) {
+        out.par_chunks_mut(self.head_len()).enumerate().for_each_init(
+            || Scratch::<T>::new(*self, isa),
+            |scratch, (index, out)| scratch.forward(out, inputs.map(|x| self.head(x, index))),
+        );
     }
 
-    fn forward(&self, out: &mut [f32], q: &[f32], k: &[f32], v: &[f32]) {
-        let mut scratch = vec![0f32; QUERIES.min(self.n) * self.n];
-        for (block, out) in out.chunks_mut(QUERIES * self.head_width).enumerate() {
-            let rows = out.len() / self.head_width;
-            let weights = &mut scratch[..rows * self.n];
-            self.weights(weights, q, k, block * QUERIES, rows);
-            let weights = View::new(weights, rows, self.n, self.n);
-            multiply(out, self.head_width, weights, self.view(v, 0, self.n), 1.0, Into::Replace);
+    /// The gradients of q, k and v, one after the other.
+    fn backward_heads<T: Element>(&self, out: &mut [f32], inputs: [&[f32]; 4], isa: Isa) {
+        let (len, size) = (out.len() / 3, self.head_len());
+        let (q_grad, rest) = out.split_at_mut(len);
+        let (k_grad, v_grad) = rest.split_at_mut(len);
+        let heads = q_grad.par_chunks_mut(size).zip(k_grad.par_chunks_mut(size)).zip(v_grad.par_chunks_mut(size));
+        heads.enumerate().for_each_init(
+            || Scratch::<T>::new(*self, isa),
+            |scratch, (index, ((q_grad, k_grad), v_grad))| {
+                scratch.backward([q_grad, k_grad, v_grad], inputs.map(|x| self.head(x, index)));
+            },
+        );
+    }
+}
+
+/// One thread's memory, and how its products are computed.
+struct Scratch<T> {
+    sizes: Sizes,
+    worker: Worker<T>,
+    isa: Isa,
+    /// The attention weights of a block of queries, `[QUERIES, N]`, and in the backward pass their gradients.
+    weights: Vec<f32>,
+    scores: Vec<f32>,
+}
+
+impl<T: Element> Scratch<T> {
+    fn new(sizes: Sizes, isa: Isa) -> Self {
+        let weights = vec![0f32; QUERIES.min(sizes.n) * sizes.n];
+        Self { sizes, worker: Worker::default(), isa, scores: Vec::new(), weights }
+    }
+
+    /// The attention weights of queries `first .. first + rows`.
+    fn weigh(&mut self, q: &[f32], k: &[f32], first: usize, rows: usize) {
+        let sizes = self.sizes;
+        let weights = &mut self.weights[..rows * sizes.n];
+        let (queries, keys) = (sizes.view(q, first, rows), sizes.view(k, 0, sizes.n).t());
+        self.worker.multiply(weights, sizes.n, queries, keys, sizes.scale(), Into::Replace, self.isa);
+        weights.chunks_exact_mut(sizes.n).for_each(softmax_row);
+    }
+
+    fn forward(&mut self, out: &mut [f32], [q, k, v]: [&[f32]; 3]) {
+        let (n, width) = (self.sizes.n, self.sizes.head_width);
+        for (block, out) in out.chunks_mut(QUERIES * width).enumerate() {
+            let rows = out.len() / width;
+            self.weigh(q, k, block * QUERIES, rows);
+            let weights = View::new(&self.weights[..rows * n], rows, n, n);
+            self.worker.multiply(out, width, weights, self.sizes.view(v, 0, n), 1.0, Into::Replace, self.isa);
         }
     }
 
-    fn backward(&self, [q_grad, k_grad, v_grad]: [&mut [f32]; 3], [q, k, v, grad]: [&[f32]; 4]) {
-        let (n, width) = (self.n, self.head_width);
-        let mut weights_scratch = vec![0f32; QUERIES.min(n) * n];
-        let mut scores_scratch = weights_scratch.clone();
+    fn backward(&mut self, [q_grad, k_grad, v_grad]: [&mut [f32]; 3], [q, k, v, grad]: [&[f32]; 4]) {
+        let Sizes { n, head_width: width, .. } = self.sizes;
+        let (sizes, scale, isa) = (self.sizes, self.sizes.scale(), self.isa);
+        self.scores.resize(QUERIES.min(n) * n, 0.0);
         for (block, q_grad) in q_grad.chunks_mut(QUERIES * width).enumerate() {
             let (first, rows) = (block * QUERIES, q_grad.len() / width);
-            let weights = &mut weights_scratch[..rows * n];
-            let scores = &mut scores_scratch[..rows * n];
-            self.weights(weights, q, k, first, rows);
-            let out_grad = self.view(grad, first, rows);
-            multiply(v_grad, width, View::new(weights, rows, n, n).t(), out_grad, 1.0, Into::Add);
-            multiply(scores, n, out_grad, self.view(v, 0, n).t(), 1.0, Into::Replace);
+            self.weigh(q, k, first, rows);
+            let (weights, scores) = (&self.weights[..rows * n], &mut self.scores[..rows * n]);
+            let out_grad = sizes.view(grad, first, rows);
+            self.worker.multiply(v_grad, width, View::new(weights, rows, n, n).t(), out_grad, 1.0, Into::Add, isa);
+            self.worker.multiply(scores, n, out_grad, sizes.view(v, 0, n).t(), 1.0, Into::Replace, isa);
             for (scores, weights) in scores.chunks_exact_mut(n).zip(weights.chunks_exact(n)) {
                 softmax_row_gradient(scores, weights);
             }
             let scores = View::new(scores, rows, n, n);
-            multiply(q_grad, width, scores, self.view(k, 0, n), self.scale(), Into::Replace);
-            multiply(k_grad, width, scores.t(), self.view(q, first, rows), self.scale(), Into::Add);
+            self.worker.multiply(q_grad, width, scores, sizes.view(k, 0, n), scale, Into::Replace, isa);
+            self.worker.multiply(k_grad, width, scores.t(), sizes.view(q, first, rows), scale, Into::Add, isa);
         }
     }
 }

@@ -1,16 +1,26 @@
 //! The operations again in plain tensor algebra: the reference for values and gradients, and what runs on other devices.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 
-use super::Window;
+use super::{Precision, Window};
 
 /// `x wᵀ + b`; see [`super::linear`].
-pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+pub fn linear(precision: Precision, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let width_out = weight.dim(0)?;
     let mut shape = x.dims().to_vec();
     let width_in = shape.pop().unwrap_or(1);
     shape.push(width_out);
-    x.reshape(((), width_in))?.matmul(&weight.t()?)?.broadcast_add(bias)?.reshape(shape)
+    multiply(precision, &x.reshape(((), width_in))?, &weight.t()?)?.broadcast_add(bias)?.reshape(shape)
+}
+
+/// `a b` in the dtype of both, of numbers rounded to `precision` where they have more.
+fn multiply(precision: Precision, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    match (precision, a.dtype()) {
+        (Precision::Bf16, DType::F32) => {
+            a.to_dtype(DType::BF16)?.matmul(&b.to_dtype(DType::BF16)?)?.to_dtype(DType::F32)
+        }
+        _ => a.matmul(b),
+    }
 }
 
 /// `(x − mean) / √(variance + ε) · weight + bias`; see [`super::layer_norm`].
@@ -28,13 +38,13 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 }
 
 /// `softmax(q kᵀ / √d) v` for every head; see [`super::attention`].
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
+pub fn attention(precision: Precision, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, n, d) = q.dims3()?;
     let split = |x: &Tensor| x.reshape((b, n, heads, d / heads))?.transpose(1, 2)?.contiguous(); // [B,heads,N,d]
     let (q, k, v) = (split(q)?, split(k)?, split(v)?);
-    let scores = (q.matmul(&k.t()?)? * (1.0 / ((d / heads) as f64).sqrt()))?; // [B,heads,N,N]
+    let scores = (multiply(precision, &q, &k.t()?)? * (1.0 / ((d / heads) as f64).sqrt()))?; // [B,heads,N,N]
     let weights = softmax(&scores)?;
-    weights.matmul(&v)?.transpose(1, 2)?.reshape((b, n, d))
+    multiply(precision, &weights, &v)?.transpose(1, 2)?.reshape((b, n, d))
 }
 
 /// The softmax over the last dimension, safe for large scores.

@@ -3,8 +3,10 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 use candle_nn::{Init, VarBuilder};
 use rayon::prelude::*;
-use vqrae_kernels::cpu::{Isa, dense};
+use vqrae_kernels::cpu::{Bf16, Element, Isa, dense};
 use vqrae_kernels::matrix::{Into, View};
+
+use super::Precision;
 
 /// `x wᵀ + b`.
 ///
@@ -13,11 +15,11 @@ use vqrae_kernels::matrix::{Into, View};
 /// - weight: `[E, D]`
 /// - bias: `[E]`
 /// - output: the shape of x with E for D
-pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+pub fn linear(precision: Precision, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     if super::fused(x) && x.rank() >= 2 {
-        x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, LinearOp)
+        x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, LinearOp { precision })
     } else {
-        super::composed::linear(x, weight, bias)
+        super::composed::linear(precision, x, weight, bias)
     }
 }
 
@@ -26,6 +28,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 pub struct Linear {
     pub(crate) weight: Tensor,
     pub(crate) bias: Tensor,
+    pub(crate) precision: Precision,
 }
 
 impl Linear {
@@ -33,22 +36,30 @@ impl Linear {
     pub fn load(vb: VarBuilder, d: usize, e: usize) -> Result<Self> {
         let weight = vb.get_with_hints((e, d), "weight", Init::Randn { mean: 0.0, stdev: 0.02 })?;
         let bias = vb.get_with_hints(e, "bias", candle_nn::init::ZERO)?;
-        Ok(Self { weight, bias })
+        Ok(Self { weight, bias, precision: Precision::F32 })
     }
 
     /// Loads `[E, D]` alone; the bias is zero and no parameter.
     pub fn load_without_bias(vb: VarBuilder, d: usize, e: usize) -> Result<Self> {
         let weight = vb.get_with_hints((e, d), "weight", Init::Randn { mean: 0.0, stdev: 0.02 })?;
-        Ok(Self { bias: Tensor::zeros(e, weight.dtype(), weight.device())?, weight })
+        let bias = Tensor::zeros(e, weight.dtype(), weight.device())?;
+        Ok(Self { weight, bias, precision: Precision::F32 })
+    }
+
+    /// The same parameters, multiplied in `precision`.
+    pub(crate) fn multiply_in(&mut self, precision: Precision) {
+        self.precision = precision;
     }
 
     /// `[…, D]` to `[…, E]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        linear(x, &self.weight, &self.bias)
+        linear(self.precision, x, &self.weight, &self.bias)
     }
 }
 
-struct LinearOp;
+struct LinearOp {
+    precision: Precision,
+}
 
 impl CustomOp3 for LinearOp {
     fn name(&self) -> &'static str {
@@ -78,7 +89,11 @@ impl CustomOp3 for LinearOp {
         let x = super::f32_slice(x, x_layout)?;
         let weight = super::f32_slice(weight, weight_layout)?;
         let bias = super::f32_slice(bias, bias_layout)?;
-        let out = forward(x, weight, bias, tokens, d, e, super::isa()?);
+        let isa = super::isa()?;
+        let out = match self.precision {
+            Precision::F32 => forward::<f32>(x, weight, bias, tokens, d, e, isa),
+            Precision::Bf16 => forward::<Bf16>(x, weight, bias, tokens, d, e, isa),
+        };
         Ok((CpuStorage::F32(out), Shape::from(shape)))
     }
 
@@ -101,7 +116,10 @@ impl CustomOp3 for LinearOp {
             let (g_view, w_view) = (View::new(g, m, e, e), View::new(w, e, d, d));
             let product = |rows: usize, a: View, b: View| {
                 let mut out = vec![0f32; rows * d];
-                dense::multiply::<f32>(&mut out, d, a, b, Into::Replace, isa);
+                match self.precision {
+                    Precision::F32 => dense::multiply::<f32>(&mut out, d, a, b, Into::Replace, isa),
+                    Precision::Bf16 => dense::multiply::<Bf16>(&mut out, d, a, b, Into::Replace, isa),
+                }
                 out
             };
             let x_grad = x.track_op().then(|| matrix(product(m, g_view, w_view), x.shape())).transpose()?;
@@ -140,7 +158,15 @@ fn column_sums(rows: &[f32], e: usize) -> Vec<f32> {
 
 /// The product. Rows are sums of their own, so batches cannot change a bit; where they are not (any processor's way, which
 /// sums as a block's shape suits it), blocks begin anew with each image of `tokens` rows.
-fn forward(x: &[f32], weight: &[f32], bias: &[f32], tokens: usize, d: usize, e: usize, isa: Isa) -> Vec<f32> {
+fn forward<T: Element>(
+    x: &[f32],
+    weight: &[f32],
+    bias: &[f32],
+    tokens: usize,
+    d: usize,
+    e: usize,
+    isa: Isa,
+) -> Vec<f32> {
     let mut out: Vec<f32> = bias.repeat(x.len() / d.max(1));
     if out.is_empty() || x.is_empty() {
         return out;
@@ -148,7 +174,7 @@ fn forward(x: &[f32], weight: &[f32], bias: &[f32], tokens: usize, d: usize, e: 
     let weight = View::new(weight, e, d, d).t();
     let tokens = if isa == Isa::PORTABLE { tokens } else { x.len() / d };
     out.par_chunks_mut(tokens * e).zip(x.par_chunks(tokens * d)).for_each(|(out, x)| {
-        dense::multiply::<f32>(out, e, View::new(x, x.len() / d, d, d), weight, Into::Add, isa);
+        dense::multiply::<T>(out, e, View::new(x, x.len() / d, d, d), weight, Into::Add, isa);
     });
     out
 }

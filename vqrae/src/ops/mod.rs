@@ -34,7 +34,21 @@ pub use unit_distance::unit_distance;
 pub use window::Window;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
+use serde::{Deserialize, Serialize};
 use vqrae_kernels::cpu::Isa;
+
+/// What products of f32 tensors read: the numbers as they are, or rounded to bf16, half as wide and twice as fast where the
+/// processor has instructions for it. Tensors, sums and gradients are f32 either way, as are the weights that an optimizer
+/// sees: what PyTorch calls autocast.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// As they are.
+    #[default]
+    F32,
+    /// Rounded to 8 bits of mantissa.
+    Bf16,
+}
 
 /// Whether `x` is where the fused paths are: f32 on the CPU.
 fn fused(x: &Tensor) -> bool {

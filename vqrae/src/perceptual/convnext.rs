@@ -143,7 +143,7 @@ impl Block {
             bias: block.pp(0).get(width, "bias")?,
             norm: LayerNorm::load(block.pp(2), width, EPS)?,
             fc1: Linear::load(block.pp(3), width, 4 * width)?,
-            fc2: Linear { weight, bias: (fc2.bias * scale)? },
+            fc2: Linear { weight, bias: (fc2.bias * scale)?, ..fc2 },
         })
     }
 

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::image::{Preprocessor, Resample, ResizeMode};
 use crate::init::Wishes;
 use crate::model::{self, fresh_tensors};
+use crate::ops::Precision;
 use crate::weights::{self, Tensors};
 use crate::{decoder, encoder, latent, quantizer, recipe};
 
@@ -115,6 +116,9 @@ pub struct Run {
     /// Parts in which a rank's images of a step go through the network, their gradients summed: less memory, the same step.
     /// What compares the images of a batch (entropies, dynamic STE) sees a part of a rank at a time.
     pub accumulate: usize,
+    /// What the products of the blocks read, forwards and backwards: `f32`, or `bf16`, which is faster where the processor has
+    /// instructions for it. Weights, sums, norms, softmax, quantizer, losses and optimizer are f32 either way.
+    pub compute: Precision,
     /// Steps in which the learning rates rise, of groups that do not say their own.
     pub warmup_steps: usize,
     /// Seed of weights, order and crops.
@@ -157,6 +161,7 @@ impl Default for Run {
         Self {
             steps: 1000,
             batch_size: 16,
+            compute: Precision::F32,
             warmup_steps: 100,
             seed: 0,
             log_every: 20,

@@ -7,6 +7,7 @@
 //! what the quantizer draws follow from (seed, step). So a run that goes on from a checkpoint ends with the same bits.
 
 mod averaging;
+mod blocks;
 pub mod checkpoint;
 mod config;
 pub mod data;
@@ -18,7 +19,6 @@ pub mod optimizer;
 mod parameters;
 pub mod plan;
 pub mod ranks;
-mod recompute;
 pub mod schedule;
 pub mod stage;
 pub mod start;

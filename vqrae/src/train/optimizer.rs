@@ -179,12 +179,13 @@ impl Gradients {
     ///
     /// # Errors
     /// A parameter without a gradient is a bug that training would hide.
-    pub fn of(parameters: &BTreeMap<String, Var>, store: &GradStore) -> Result<Self> {
+    pub fn of(parameters: &BTreeMap<String, Var>, mut store: GradStore) -> Result<Self> {
+        // Taken one by one, so that they are not twice in memory.
         let gradient = |(name, var): (&String, &Var)| {
             let gradient = store
-                .get(var.as_tensor())
+                .remove(var.as_tensor())
                 .ok_or_else(|| Error::Training(format!("parameter `{name}` received no gradient")))?;
-            Ok((name.clone(), Values::of(gradient)?))
+            Ok((name.clone(), Values::of(&gradient)?))
         };
         parameters.iter().map(gradient).collect::<Result<_>>().map(Self)
     }

@@ -108,8 +108,7 @@ fn memory(config: &Config, groups: &BTreeMap<&str, GroupPlan>, tokens: u64) -> V
     }
     vec![
         ("weights", 4 * all),
-        // As the backward pass makes them, and as the optimizer takes them.
-        ("gradients", 8 * trained),
+        ("gradients", 4 * trained),
         ("moments", 8 * trained),
         ("average of the weights", if train.ema_decay > 0.0 { 4 * trained } else { 0 }),
         ("teacher", if teacher.is_some() { 4 * (encoder.trained + encoder.untrained) } else { 0 }),
@@ -117,10 +116,11 @@ fn memory(config: &Config, groups: &BTreeMap<&str, GroupPlan>, tokens: u64) -> V
     ]
 }
 
-/// Values that a stack of blocks holds for the backward pass of this many tokens: of each block both norms, q, k, v, the
-/// attention twice, its projection, two sums and the MLP's output, and the MLP's hidden layer before and after its activation.
+/// Values that a stack of blocks holds for the backward pass of this many tokens: of each block its input, both norms, q, k, v,
+/// the attention, its projection, two sums, the MLP's output and a copy of the block's, and the MLP's hidden layer before and
+/// after its activation.
 fn stack(blocks: &vit::Config, tokens: u64, checkpoint: bool) -> u64 {
-    let block = tokens * (11 * blocks.width as u64 + 2 * blocks.mlp_width as u64);
+    let block = tokens * (12 * blocks.width as u64 + 2 * blocks.mlp_width as u64);
     let depth = blocks.depth as u64;
     if checkpoint { block + depth * tokens * blocks.width as u64 } else { depth * block }
 }

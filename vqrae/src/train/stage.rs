@@ -16,6 +16,7 @@ use super::loss::Seen;
 use crate::encoder::{self, Encoder};
 use crate::error::{Error, Result};
 use crate::model;
+use crate::ops::Precision;
 use crate::weights::{self, Tensors};
 
 /// Which stage of the training a run is.
@@ -170,6 +171,11 @@ impl Teacher {
         let unfit = |error| Error::weights(folder, format!("this teacher is another encoder than the run's: {error}"));
         let encoder = Encoder::load(VarBuilder::from_tensors(tensors, DType::F32, device), config).map_err(unfit)?;
         Ok(Self { encoder, hash })
+    }
+
+    /// Has it compute as the student does, so that the two differ by what was learnt alone.
+    pub(super) fn multiply_in(&mut self, precision: Precision) {
+        self.encoder.multiply_in(precision);
     }
 
     /// The original encoder's output for pixels `[B, 3, H, W]`; nothing of it is tracked.

@@ -2,12 +2,17 @@
 //!
 //! Tokens are the principal components of patches, codes are k-means centres of them, and the blocks add nothing yet
 //! (their last layers are zero). Step 0 is therefore what vector quantisation of raw patches can do, and every step
-//! after it is gained on top; from random weights the same quality takes most of a small training.
+//! after it is gained on top; from random weights the same quality takes most of a small training. With `neighbours` the
+//! linear tokenizer sees the eight patches around each as well, which is worth another half decibel; see [`neighbours`].
+
+mod neighbours;
 
 use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use vqrae_kernels::Metric;
+
+use neighbours::{Tower, put};
 
 use super::data::{self, Crops, Photos, generator};
 use crate::encoder::{self, Features};
@@ -25,11 +30,14 @@ pub struct Config {
     pub patches: usize,
     /// Lloyd steps of the k-means that makes the codes.
     pub lloyd_steps: usize,
+    /// Whether the first blocks begin by looking at the eight patches around each.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub neighbours: bool,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { patches: 200_000, lloyd_steps: 8 }
+        Self { patches: 200_000, lloyd_steps: 8, neighbours: false }
     }
 }
 
@@ -44,18 +52,32 @@ pub fn principal_components(
     mut tell: impl FnMut(&str),
 ) -> Result<()> {
     let sizes = Sizes::check(model)?;
+    let towers = config.neighbours.then(|| sizes.towers(model)).transpose()?;
     tell(&format!("start: drawing {} patches", config.patches));
-    let patches = draw(config.patches, sizes.patch, photos, preprocessor, seed)?;
+    let mut source = Source::new(sizes.patch, photos, preprocessor, seed);
+    let first = source.draw(config.patches.min(OF_COMPONENTS))?;
     tell("start: principal components");
-    let basis = Basis::of(&patches, sizes.pixels())?;
-    let coordinates = basis.coordinates(&patches, sizes.code)?;
+    let basis = Basis::of(&first, sizes.pixels())?;
+    let mut coordinates = basis.coordinates(&first, sizes.code)?;
+    drop(first);
+    while coordinates.len() < config.patches * sizes.code {
+        let rest = config.patches - coordinates.len() / sizes.code;
+        coordinates.extend(basis.coordinates(&source.draw(rest.min(OF_COMPONENTS))?, sizes.code)?);
+    }
     let mut centres = sizes.centres(&coordinates, seed)?;
     for step in 1..=config.lloyd_steps {
         let error = lloyd(&mut centres, &coordinates, sizes.code, seed, step)?;
         tell(&format!("start: k-means {step}/{}, mean squared error {error:.5}", config.lloyd_steps));
     }
-    sizes.write(tensors, &basis, centres)
+    sizes.write(tensors, &basis, centres)?;
+    match towers {
+        Some(towers) => sizes.look_around(tensors, model, &basis, towers, &mut source, tell),
+        None => Ok(()),
+    }
 }
+
+/// Patches that principal components are computed from, and that stand in memory at a time.
+const OF_COMPONENTS: usize = 100_000;
 
 /// The widths that the start has to fit.
 struct Sizes {
@@ -124,11 +146,7 @@ impl Sizes {
         }
         let scale = self.scale();
         let centres: Vec<f32> = centres.iter().map(|&v| (f64::from(v) * scale) as f32).collect();
-        let mut put = |name: &str, values: Vec<f32>| -> Result<()> {
-            let slot = tensors.get_mut(name).ok_or_else(|| Error::Training(format!("the model has no `{name}`")))?;
-            *slot = Tensor::from_vec(values, slot.shape(), &Device::Cpu)?;
-            Ok(())
-        };
+        let mut put = |name: &str, values: Vec<f32>| put(tensors, name, values);
         let (embedding, embedding_bias) = basis.embedding(self.token);
         put("encoder.vision_model.embeddings.patch_embedding.weight", embedding)?;
         put("encoder.vision_model.embeddings.patch_embedding.bias", embedding_bias)?;
@@ -140,7 +158,78 @@ impl Sizes {
         put("decoder.head.weight", head)?;
         put("decoder.head.bias", head_bias)
     }
+
+    /// Encoder and decoder with room for what their first blocks bring from neighbours: the encoder's are its first
+    /// components, the decoder's are the code, which stands beside what is painted.
+    fn towers(&self, model: &ModelConfig) -> Result<[Tower; 2]> {
+        let decoder = model.decoder.sizes(&model.encoder);
+        let encoder = Tower {
+            positions: "encoder.vision_model.embeddings.position_embedding",
+            layers: "encoder.vision_model.encoder.layers",
+            vit: model.encoder.vit(),
+            grid: model.encoder.grid(),
+            first: 0,
+            brought: self.code,
+            length: 1.0,
+        };
+        let mut decoder = Tower {
+            positions: "decoder.position_embedding",
+            layers: "decoder.layers",
+            vit: decoder.vit,
+            grid: decoder.grid,
+            ..encoder
+        };
+        decoder.first = decoder.places().saturating_sub(self.code);
+        let needs = |what: String| Error::Training(format!("start.neighbours needs {what}"));
+        [&encoder, &decoder].into_iter().try_for_each(Tower::check).map_err(needs)?;
+        Ok([encoder, decoder])
+    }
+
+    fn look_around(
+        &self,
+        tensors: &mut Tensors,
+        model: &ModelConfig,
+        basis: &Basis,
+        [encoder, decoder]: [Tower; 2],
+        source: &mut Source,
+        mut tell: impl FnMut(&str),
+    ) -> Result<()> {
+        tell("start: neighbours");
+        let length = |components: usize| basis.deviations[..components].iter().sum::<f64>().sqrt();
+        let painted = decoder.first;
+        let encoder = Tower { length: length(encoder.places()), ..encoder };
+        let decoder = Tower { length: (2.0 * length(self.code).powi(2)).sqrt(), ..decoder };
+        let scale = self.scale();
+        // Components that the position vectors now stand in the place of are the last and least.
+        let cut = |values: Vec<f32>, rows: usize, keep: usize| {
+            let columns = values.len() / rows;
+            values.into_iter().enumerate().map(|(i, v)| if i / columns < keep { v } else { 0.0 }).collect::<Vec<_>>()
+        };
+        let (embedding, embedding_bias) = basis.embedding(self.token);
+        let name = "encoder.vision_model.embeddings.patch_embedding";
+        put(tensors, &format!("{name}.weight"), cut(embedding, self.token, encoder.places()))?;
+        put(tensors, &format!("{name}.bias"), cut(embedding_bias, self.token, encoder.places()))?;
+        let mut linear_out = diagonal(self.decoder, self.code, |i| 1.0 / (basis.damping(i) * scale));
+        for i in 0..self.code {
+            linear_out[(painted + i) * self.code + i] = linear_out[i * self.code + i];
+        }
+        put(tensors, "quantizer.linear_out.weight", linear_out)?;
+        let (mut head, _) = basis.head(self.decoder, self.patch);
+        head.chunks_exact_mut(self.decoder).for_each(|row| row[painted..].fill(0.0));
+        put(tensors, "decoder.head.weight", head)?;
+        encoder.write(tensors)?;
+        decoder.write(tensors)?;
+        let batches = source.crops(FITTED)?;
+        let (weight, bias) = basis.embedding(painted);
+        let weight = Tensor::from_vec(weight, (painted, self.pixels()), &Device::Cpu)?;
+        let bias = Tensor::new(bias, &Device::Cpu)?;
+        let true_tokens = |pixels: &Tensor| neighbours::embedded(pixels, &weight, &bias, self.patch);
+        decoder.fit(tensors, model, painted, &batches, &true_tokens)
+    }
 }
+
+/// Crops that the neighbours' part is fitted to.
+const FITTED: usize = 2000;
 
 fn diagonal(rows: usize, columns: usize, value: impl Fn(usize) -> f64) -> Vec<f32> {
     let mut matrix = vec![0f32; rows * columns];
@@ -150,25 +239,55 @@ fn diagonal(rows: usize, columns: usize, value: impl Fn(usize) -> f64) -> Vec<f3
     matrix
 }
 
-/// Patches of random crops, `[n, 3·p·p]` in one vector, normalised as the encoder sees them.
-fn draw(n: usize, p: usize, photos: &Photos, preprocessor: &Preprocessor, seed: u64) -> Result<Vec<f32>> {
-    /// Patches of one crop: few, since neighbours are alike.
-    const OF_A_CROP: usize = 64;
-    let (h, w) = preprocessor.size;
-    let sizes = data::Sizes { input: (h, w), target: (h, w) };
-    let mut crops = Crops::new(photos, preprocessor, None, seed);
-    let mut random = generator(seed, "patches", 0);
-    let mut patches = Vec::with_capacity(n * 3 * p * p);
-    for crop in 0..n.div_ceil(OF_A_CROP) {
-        let pixels = crops.batch(crop, 1, sizes)?.inputs;
-        for _ in 0..OF_A_CROP.min(n - crop * OF_A_CROP) {
-            let (top, left) = (random.random_range(0..=h - p), random.random_range(0..=w - p));
-            for row in (0..3).flat_map(|c| (0..p).map(move |y| c * h * w + (top + y) * w + left)) {
-                patches.extend_from_slice(&pixels[row..][..p]);
+/// Random crops, one after the other.
+struct Source<'a> {
+    patch: usize,
+    size: (usize, usize),
+    crops: Crops<'a>,
+    next: usize,
+    seed: u64,
+}
+
+impl<'a> Source<'a> {
+    fn new(patch: usize, photos: &'a Photos, preprocessor: &'a Preprocessor, seed: u64) -> Self {
+        Self { patch, size: preprocessor.size, crops: Crops::new(photos, preprocessor, None, seed), next: 0, seed }
+    }
+
+    fn crop(&mut self) -> Result<Vec<f32>> {
+        let sizes = data::Sizes { input: self.size, target: self.size };
+        self.next += 1;
+        Ok(self.crops.batch(self.next - 1, 1, sizes)?.inputs)
+    }
+
+    /// The next crops, `[B, 3, H, W]` each.
+    fn crops(&mut self, n: usize) -> Result<Vec<Tensor>> {
+        const BATCH: usize = 16;
+        let (h, w) = self.size;
+        let batch = |_| {
+            let pixels = (0..BATCH).map(|_| self.crop()).collect::<Result<Vec<_>>>()?.concat();
+            Ok(Tensor::from_vec(pixels, (BATCH, 3, h, w), &Device::Cpu)?)
+        };
+        (0..n.div_ceil(BATCH)).map(batch).collect()
+    }
+
+    /// The next patches, `[n, 3·p·p]` in one vector, normalised as the encoder sees them.
+    fn draw(&mut self, n: usize) -> Result<Vec<f32>> {
+        /// Patches of one crop: few, since neighbours are alike.
+        const OF_A_CROP: usize = 64;
+        let ((h, w), p) = (self.size, self.patch);
+        let mut random = generator(self.seed, "patches", self.next);
+        let mut patches = Vec::with_capacity(n * 3 * p * p);
+        for done in (0..n).step_by(OF_A_CROP) {
+            let pixels = self.crop()?;
+            for _ in 0..OF_A_CROP.min(n - done) {
+                let (top, left) = (random.random_range(0..=h - p), random.random_range(0..=w - p));
+                for row in (0..3).flat_map(|c| (0..p).map(move |y| c * h * w + (top + y) * w + left)) {
+                    patches.extend_from_slice(&pixels[row..][..p]);
+                }
             }
         }
+        Ok(patches)
     }
-    Ok(patches)
 }
 
 /// Principal components, the largest first.

@@ -11,6 +11,7 @@ use candle_nn::VarBuilder;
 use rand::RngCore;
 
 use super::averaging::WeightAverage;
+use super::blocks::Blocks;
 use super::checkpoint::{self, Checkpoint, State};
 use super::config::{Config, GROUPS};
 use super::data::{self, Batch, Photos, Sizes};
@@ -21,7 +22,6 @@ use super::loss::{Losses, RECONSTRUCTION, Seen};
 use super::optimizer::{self, AdamW, Gradients};
 use super::parameters::Parameters;
 use super::ranks::{Ranks, share};
-use super::recompute::Recompute;
 use super::stage::{Stage, Teacher};
 use crate::error::{Error, Result};
 use crate::files;
@@ -45,7 +45,7 @@ pub(super) struct Trainer<'a> {
     /// Of the rank that speaks for all.
     pub(super) journal: Option<Journal>,
     network: Network,
-    recompute: Recompute,
+    blocks: Blocks,
     teacher: Option<Teacher>,
     losses: Losses,
     gan: Option<Gan>,
@@ -83,7 +83,10 @@ impl<'a> Trainer<'a> {
         let buckets = config.train.buckets(preprocessor.size, &model)?;
         let distillation = config.stage.as_ref().and_then(Stage::distillation);
         let of_start = |wanted| Teacher::of(wanted, config.start.folder(), &config.model.encoder, device);
-        let teacher = distillation.map(of_start).transpose()?.flatten();
+        let mut teacher = distillation.map(of_start).transpose()?.flatten();
+        if let Some(teacher) = &mut teacher {
+            teacher.multiply_in(config.train.compute);
+        }
         let hash = teacher.as_ref().map(|teacher| teacher.hash.clone());
         let mut gan = config.start_gan(&preprocessor, ranks.clone())?;
         let (tensors, moments, average, state) = match found {
@@ -106,11 +109,10 @@ impl<'a> Trainer<'a> {
         };
         let parameters = Parameters::of(&tensors, &config.groups, &model, device)?;
         let mut network = Network::load(VarBuilder::from_tensors(parameters.tracked(), DType::F32, device), &model)?;
-        let recompute = Recompute::default();
-        if config.train.checkpoint_blocks {
-            let runner: Arc<dyn crate::vit::RunBlock> = Arc::new(recompute.clone());
-            network.run_by(&runner);
-        }
+        network.multiply_in(config.train.compute);
+        let blocks = Blocks::new(config.train.checkpoint_blocks);
+        let runner: Arc<dyn crate::vit::RunBlock> = Arc::new(blocks.clone());
+        network.run_by(&runner);
         if let Some(latent) = &network.latent {
             buckets.iter().try_for_each(|sizes| latent.check_grid(network.grid(sizes.input.0, sizes.input.1)?))?;
         }
@@ -132,7 +134,7 @@ impl<'a> Trainer<'a> {
         let average = shadow;
         #[rustfmt::skip]
         let trainer = Self {
-            ranks, config, output, preprocessor, buckets, parameters, average, state, journal, network, recompute, teacher, losses,
+            ranks, config, output, preprocessor, buckets, parameters, average, state, journal, network, blocks, teacher, losses,
             gan, optimizer, window, skipped_photos: 0,
         };
         Ok(trainer)
@@ -261,7 +263,7 @@ impl<'a> Trainer<'a> {
             }
             sum.painted.push(painted.detach());
         }
-        sum.gradients.add(Gradients::of(&self.parameters.trained, &self.recompute.backward(&terms.total)?)?)?;
+        sum.gradients.add(Gradients::of(&self.parameters.trained, self.blocks.backward(&terms.total)?)?)?;
         let scalar = |tensor: &Tensor| Ok::<f64, Error>(f64::from(tensor.to_scalar::<f32>()?));
         sum.loss += scalar(&terms.total)?;
         for (name, term) in &terms.named {

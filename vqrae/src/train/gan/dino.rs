@@ -181,7 +181,7 @@ impl SpectralConvolution {
         let (u, v) = (self.u.copy()?.unsqueeze(0)?, self.v.copy()?.unsqueeze(1)?);
         let norm = u.matmul(&self.weight.flatten_from(1)?)?.matmul(&v)?.reshape((1, 1))?;
         let weight = self.weight.transpose(1, 2)?.reshape((to, size * from))?.broadcast_div(&norm)?;
-        ops::linear(&neighbours(x, size)?, &weight, &self.bias)
+        ops::linear(ops::Precision::F32, &neighbours(x, size)?, &weight, &self.bias)
     }
 }
 

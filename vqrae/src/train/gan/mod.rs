@@ -263,7 +263,7 @@ impl Gan {
         let loss = self.config.loss.discriminator(&real, &fake)?;
         let (real, fake) = (self.mean_of_all(&real)?, self.mean_of_all(&fake)?);
         let lecam = self.lecam(&real, &fake)?;
-        let mut gradients = Gradients::of(&self.parameters, &(&loss + &lecam)?.backward()?)?;
+        let mut gradients = Gradients::of(&self.parameters, (&loss + &lecam)?.backward()?)?;
         gradients.sum(&*self.ranks)?;
         gradients.divide(self.ranks.size())?;
         let log = DiscriminatorLog {

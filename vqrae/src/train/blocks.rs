@@ -1,9 +1,11 @@
-//! Activation checkpointing (Chen et al., arXiv 1604.06174): a block keeps its input alone, and the backward pass computes
-//! the block again for what its gradient needs.
+//! How training runs the blocks of a transformer: each keeps a graph of its own, which the backward pass frees as soon as the
+//! block's gradients are known, so that gradients take the room of what they were computed from; candle alone holds all of a
+//! graph to the end. Or it keeps its input alone, and the backward pass computes the block again: activation checkpointing
+//! (Chen et al., arXiv 1604.06174).
 //!
 //! A candle op has at most three inputs, a block has a dozen parameters. So the op is one of the block's input, and the
 //! gradients of the parameters, which the backward pass of the block makes along the way, are put aside;
-//! [`Recompute::backward`] adds them to those of the whole pass. Values and gradients are the same bits.
+//! [`Blocks::backward`] adds them to those of the whole pass. Values and gradients are the same bits in every way.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,14 +15,20 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, Layout, Result,
 
 use crate::vit::{Block, RunBlock};
 
-/// Runs blocks so that they hold nothing for the gradient.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Recompute {
+/// Runs blocks, each with a graph of its own or with none.
+#[derive(Debug, Clone)]
+pub(super) struct Blocks {
+    /// Whether the backward pass computes blocks again.
+    again: bool,
     /// The parameters' gradients of the blocks that the backward pass at hand has been through.
     aside: Arc<Mutex<Option<GradStore>>>,
 }
 
-impl Recompute {
+impl Blocks {
+    pub(super) fn new(again: bool) -> Self {
+        Self { again, aside: Arc::default() }
+    }
+
     /// All gradients of `loss`.
     pub(super) fn backward(&self, loss: &Tensor) -> Result<GradStore> {
         self.aside.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -32,34 +40,54 @@ impl Recompute {
     }
 }
 
-impl RunBlock for Recompute {
+impl RunBlock for Blocks {
     fn run(&self, block: &Block, x: &Tensor) -> Result<Tensor> {
         // Stands for all of the block's parameters: with it the op has a gradient even where the input has none.
         let parameter = &block.mlp.fc1.weight;
         if !x.track_op() && !parameter.track_op() {
             return block.forward(x);
         }
-        let output = Mutex::new(Some(block.forward(&x.detach())?));
-        x.apply_op2(parameter, Again { block: block.clone(), output, aside: self.aside.clone() })
+        let held = if self.again { None } else { Some(Graph::of(block, x)?) };
+        let output = match &held {
+            Some(graph) => graph.output.detach(),
+            None => block.forward(&x.detach())?.detach(),
+        };
+        let (output, held) = (Mutex::new(Some(output)), Mutex::new(held));
+        x.apply_op2(parameter, BlockOp { block: block.clone(), output, held, aside: self.aside.clone() })
+    }
+}
+
+/// What a block has computed, from a leaf on.
+struct Graph {
+    input: Var,
+    output: Tensor,
+}
+
+impl Graph {
+    fn of(block: &Block, x: &Tensor) -> Result<Self> {
+        let input = Var::from_tensor(&x.detach())?;
+        Ok(Self { output: block.forward(input.as_tensor())?, input })
     }
 }
 
 /// A block as an op of its input.
-struct Again {
+struct BlockOp {
     block: Block,
+    /// Its graph, until the backward pass has taken it.
+    held: Mutex<Option<Graph>>,
     /// The value, computed before the op was made: an op sees storage, a block takes tensors.
     output: Mutex<Option<Tensor>>,
     aside: Arc<Mutex<Option<GradStore>>>,
 }
 
-impl Again {
+impl BlockOp {
     fn take(&self) -> Result<Tensor> {
         let output = self.output.lock().unwrap_or_else(PoisonError::into_inner).take();
         output.ok_or_else(|| candle_core::Error::Msg("a block's value was asked for twice".into()))?.contiguous()
     }
 }
 
-impl CustomOp2 for Again {
+impl CustomOp2 for BlockOp {
     fn name(&self) -> &'static str {
         "block"
     }
@@ -83,8 +111,8 @@ impl CustomOp2 for Again {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let input = Var::from_tensor(&x.detach())?;
-        let output = self.block.forward(input.as_tensor())?;
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Graph { input, output } = held.map_or_else(|| Graph::of(&self.block, x), Ok)?;
         let mut gradients = output.apply_op1(Given(gradient.clone()))?.backward()?;
         let of_input = gradients.remove(input.as_tensor()).map(|gradient| gradient.detach());
         // Else they would hold the graph that made them, and with it all that the block has computed.
