@@ -159,9 +159,10 @@ impl Step {
     /// The same by tensor operations; returns the new value.
     fn on_device(&self, var: &Var, gradient: &Tensor, first: &mut Values, second: &mut Values) -> Result<Tensor> {
         let gradient = (gradient * self.clip)?;
-        let moment = |old: &Tensor, new: Tensor, beta: f64| (old * beta)? + (new * (1.0 - beta))?;
-        let new_first = moment(&first.tensor()?, gradient.clone(), self.config.beta1)?;
-        let new_second = moment(&second.tensor()?, gradient.sqr()?, self.config.beta2)?;
+        // One less β in f32, as on the host: of a β near one it is another number than in f64.
+        let moment = |old: &Tensor, new: &Tensor, beta: f64| (old * beta)? + (new * f64::from(1.0 - beta as f32))?;
+        let new_first = moment(&first.tensor()?, &gradient, self.config.beta1)?;
+        let new_second = moment(&second.tensor()?, &gradient.sqr()?, self.config.beta2)?;
         let change = ((&new_first * self.scale)? / ((&new_second * self.root)?.sqrt()? + self.config.eps)?)?;
         let value = var.as_detached_tensor();
         let kept = (&value * (1.0 - self.decay))?;
