@@ -35,8 +35,8 @@ fn sums_and_gathered_values_are_in_the_order_of_the_ranks_and_the_same_on_all() 
             ranks.add(&mut numbers)?;
             assert_eq!(numbers, [0.75, 3.0 * f64::from(round)]);
             assert_eq!(ranks.codes(vec![round; rank])?, [round; 3]);
-            assert_eq!(ranks.any(rank == 1)?, true);
-            assert_eq!(ranks.any(false)?, false);
+            assert!(ranks.any(rank == 1)?);
+            assert!(!ranks.any(false)?);
         }
         let joined = ranks.join(&Tensor::new(&[[rank as f32, 0.5]], &Device::Cpu)?)?;
         assert_eq!(joined.to_vec2::<f32>()?, [[0.0, 0.5], [1.0, 0.5], [2.0, 0.5]]);

@@ -341,8 +341,8 @@ impl Gan {
         Ok(config.apply(images, &Draws::new(&config, first..first + images.dim(0)?, &mut random))?)
     }
 
-    /// All that a resumed run needs, on the CPU: weights and averages as `discriminator.…` and `lecam.…`, moments as `first.…` and
-    /// `second.…`.
+    /// All that a resumed run needs, on the CPU: weights and averages as `discriminator.…` and `lecam.…`, moments as
+    /// `first.…` and `second.…`.
     pub fn state(&self) -> Result<Tensors> {
         let mut state = self.optimizer.state()?;
         state.insert(TAKEN.to_string(), Tensor::new(self.taken as i64, &Device::Cpu)?);
