@@ -401,6 +401,30 @@ fn a_half_written_checkpoint_is_not_one() {
     assert!(bench.checkpoint("a", 4) == bench.checkpoint("b", 4));
 }
 
+/// A full disk is played by a limit on the size of files: the write fails, with another word from the system.
+#[cfg(unix)]
+#[test]
+fn on_a_full_disk_a_run_names_the_file_and_goes_on_once_there_is_room() {
+    let bench = Bench::new();
+    let all = ["--set", "train.keep_checkpoints=99"];
+    succeeds(&bench.train("whole", &all));
+    // Room for the config and the log (blocks of 512 bytes or of 1,024), not for weights.
+    let limited = |run: &str| {
+        let command = bench.command(run, &all);
+        let words: Vec<_> = command.get_args().map(|word| format!("'{}'", word.to_str().expect("a word"))).collect();
+        let script = format!("trap '' XFSZ; ulimit -f 20; exec '{BINARY}' {}", words.join(" "));
+        Command::new("sh").args(["-c", &script]).output().expect("a shell")
+    };
+    fails_with(&limited("fresh"), &["model.safetensors"]);
+    assert!(!bench.path("fresh/checkpoints/step-00000001").exists(), "a checkpoint without room");
+    bench.cut("whole", "cut", 5);
+    fails_with(&limited("cut"), &["cut"]);
+    let checkpoints = |step: usize| bench.path(&format!("cut/checkpoints/step-{step:08}")).exists();
+    assert!(checkpoints(5) && !checkpoints(6), "what was there is lost, or more than there was room for");
+    succeeds(&bench.train("cut", &all));
+    assert!(bench.checkpoint("whole", 12) == bench.checkpoint("cut", 12), "the weights differ");
+}
+
 #[test]
 fn a_frozen_encoder_keeps_its_bits_and_the_rest_learns() {
     let bench = Bench::new();

@@ -224,12 +224,20 @@ fn copy<T: Element>(out: &mut [T], stride: usize, a: View, from: usize) {
     if across == 1 {
         return;
     }
+    // By way of a square that stands together: columns far apart push each other out of the cache.
+    let mut square = [[T::default(); TILE]; TILE];
     for first in (0..inner).step_by(TILE) {
-        for (i, out) in out.chunks_exact_mut(stride).take(rows).enumerate() {
-            let start = (from + i) * down + first * across;
-            for (j, out) in out[first..inner.min(first + TILE)].iter_mut().enumerate() {
-                *out = T::narrow(data[start + j * across]);
+        let width = TILE.min(inner - first);
+        for (j, square) in square.iter_mut().enumerate().take(width) {
+            let start = from * down + (first + j) * across;
+            if down == 1 {
+                narrow(&mut square[..rows], &data[start..][..rows]);
+            } else {
+                square.iter_mut().take(rows).enumerate().for_each(|(i, x)| *x = T::narrow(data[start + i * down]));
             }
+        }
+        for (i, out) in out.chunks_exact_mut(stride).take(rows).enumerate() {
+            out[first..first + width].iter_mut().zip(&square).for_each(|(out, column)| *out = column[i]);
         }
     }
 }

@@ -6,6 +6,7 @@ pub use photos::Photos;
 
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -184,26 +185,43 @@ impl<'a> Crops<'a> {
     /// the order, and told.
     pub fn batch(&mut self, first: usize, count: usize, sizes: Sizes) -> Result<Batch> {
         let mut batch = Batch { sizes, inputs: Vec::new(), targets: Vec::new(), skipped: Vec::new() };
-        for position in first..first + count {
-            let Views { input, target } = self.usable(position, sizes, &mut batch.skipped)?;
-            batch.inputs.extend(self.preprocessor.normalize(&input));
-            if sizes.input != sizes.target {
-                batch.targets.extend(self.preprocessor.normalize(&target));
-            }
+        let photos: Vec<_> = (first..first + count).map(|at| (at, self.order.at(at, self.photos.len()))).collect();
+        // Decoded and normalised on all threads; what cannot be used is replaced afterwards, in order.
+        let attempts: Vec<_> = photos.into_par_iter().map(|(at, photo)| self.prepare(at, photo, sizes)).collect();
+        for (position, attempt) in (first..).zip(attempts) {
+            let (input, target) = match attempt {
+                Ok(pixels) => pixels,
+                Err(error) => {
+                    batch.skipped.push(Skipped { reason: error.to_string() });
+                    self.replace(position, sizes, &mut batch.skipped)?
+                }
+            };
+            batch.inputs.extend(input);
+            batch.targets.extend(target);
         }
         Ok(batch)
     }
 
-    fn usable(&mut self, position: usize, sizes: Sizes, skipped: &mut Vec<Skipped>) -> Result<Views> {
-        for attempt in 0..self.photos.len() {
+    /// The next photo of the order that can be used, after the one at `position`, which could not.
+    fn replace(&mut self, position: usize, sizes: Sizes, skipped: &mut Vec<Skipped>) -> Result<(Vec<f32>, Vec<f32>)> {
+        for attempt in 1..self.photos.len() {
             let photo = self.order.at(position + attempt, self.photos.len());
-            let mut random = generator(self.order.seed, "crop", position);
-            match self.photos.open(photo).and_then(|image| self.crop(photo, &image, sizes, &mut random)) {
-                Ok(views) => return Ok(views),
+            match self.prepare(position, photo, sizes) {
+                Ok(pixels) => return Ok(pixels),
                 Err(error) => skipped.push(Skipped { reason: error.to_string() }),
             }
         }
         Err(Error::Training(format!("not one photo of {} can be used", self.photos.asked())))
+    }
+
+    /// The crop of a photo that the position draws, normalised: for the encoder, and, where its size is another one, for the
+    /// decoder.
+    fn prepare(&self, position: usize, photo: usize, sizes: Sizes) -> Result<(Vec<f32>, Vec<f32>)> {
+        let mut random = generator(self.order.seed, "crop", position);
+        let Views { input, target } = self.crop(photo, &self.photos.open(photo)?, sizes, &mut random)?;
+        let normalized = |image: &Rgb| self.preprocessor.normalize(image);
+        let target = if sizes.input == sizes.target { Vec::new() } else { normalized(&target) };
+        Ok((normalized(&input), target))
     }
 
     /// A random window, mirrored half of the time.
