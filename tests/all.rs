@@ -17,5 +17,6 @@ mod pairs;
 mod parity;
 mod perceptual;
 mod quantizers;
+mod ranks;
 mod simvq;
 mod vq;

@@ -141,7 +141,7 @@ fn dino_file() -> tempfile::NamedTempFile {
 #[test]
 fn raes_discriminator_has_its_values_and_every_gradient() {
     let file = dino_file();
-    let backbone = dino::Backbone::read(file.path(), &dino_config()).unwrap();
+    let backbone = dino::Backbone::read(file.path(), &dino_config(), &Device::Cpu).unwrap();
     let parameters = variables(filled("heads"));
     let dino = gan::Dino::load(builder(&parameters), backbone, &dino_config()).unwrap();
     let expected = reference("dino_eval");
@@ -209,7 +209,7 @@ fn a_step_of_raes_discriminator_follows_its_spectral_norms() {
 #[test]
 fn gradients_through_spectral_norms_in_training_are_pytorchs() {
     let file = dino_file();
-    let backbone = dino::Backbone::read(file.path(), &dino_config()).unwrap();
+    let backbone = dino::Backbone::read(file.path(), &dino_config(), &Device::Cpu).unwrap();
     let expected = reference("dino_train");
     // One power iteration for the painted images, one more for the real ones, by hand.
     let parameters = variables(filled("heads"));
@@ -311,7 +311,7 @@ impl Toy {
 /// Ten steps in turns; the differences are relative to each column's largest value.
 fn ten_steps(case: &str, mut gan: Gan) -> Result<()> {
     let toy = Toy::new();
-    let mut optimizer = AdamW::new(optimizer::Config::default(), &toy.w);
+    let mut optimizer = AdamW::new(optimizer::Config::default(), &toy.w).unwrap();
     let error = |painted: &Tensor, images: &Tensor| Ok::<_, vqrae::Error>((painted - images)?.sqr()?.mean_all()?);
     let mut rows = Vec::new();
     for step in 0..10 {
@@ -403,7 +403,7 @@ fn a_file_that_is_no_dino_is_refused_by_name() {
     let file = tempfile::Builder::new().suffix(".safetensors").tempfile().unwrap();
     let read = |tensors: &Tensors| {
         weights::write(file.path(), tensors, HashMap::new()).unwrap();
-        dino::Backbone::read(file.path(), &dino_config()).unwrap_err().to_string()
+        dino::Backbone::read(file.path(), &dino_config(), &Device::Cpu).unwrap_err().to_string()
     };
     let path = file.path().display().to_string();
     let whole = filled("backbone");

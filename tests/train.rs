@@ -11,9 +11,9 @@
 //! | 5 | the magnitude of codes is lost | vq, `hsq_keeps_lengths_and_does_not_route_by_them`; model, defect 6's |
 //! | 6 | indices decode to nothing (SimVQ) or to something else (FSQ) | model, `decoding_the_indices_gives_the_bits_of_decoding_the_quantised_features`; quantizers, `looking_codes_up_gives_the_tokens_of_quantising_bit_for_bit` |
 //! | 7 | usage is always 0 | here, `a_run_logs_validates_and_leaves_a_model_that_tokenizes` |
-//! | 8 | gradients are not synchronised over ranks | there are no ranks; of parts of a batch, optimisation, `gradients_accumulated_over_parts_are_those_of_the_whole_batch` |
+//! | 8 | gradients are not synchronised over ranks | ranks, `ranks_take_the_step_of_one_with_the_whole_batch`, and every other test there |
 //! | 9 | a scale parameter without a gradient | gradients, `every_trainable_parameter_gets_a_gradient_and_the_frozen_codebook_none`; here, `a_codebook_learns_by_every_gradient_under_every_metric`. A parameter without one ends a run |
-//! | 10 | moving averages are not synchronised and start at sizes of 0 | vq, `averages_of_zero_stand_for_a_size_of_one_and_the_code_itself`; over parts, defect 8's |
+//! | 10 | moving averages are not synchronised and start at sizes of 0 | vq, `averages_of_zero_stand_for_a_size_of_one_and_the_code_itself`; ranks, `moving_averages_are_those_of_the_whole_batch` |
 //! | 11 | FSQ's projections are not trained | here, `the_projections_of_every_quantizer_learn` |
 //! | 12 | grids are taken for square | gradients, all of its cases `3x5`; optimisation, `everything_together_goes_on_to_the_same_bits` has `16x48` |
 //! | 13 | positions are interpolated in silence | stages, `positions_that_are_interpolated_are_told` |
@@ -24,6 +24,8 @@ mod gan;
 mod optimisation;
 #[path = "train/places.rs"]
 mod places;
+#[path = "train/ranks.rs"]
+mod ranks;
 #[path = "train/recipes.rs"]
 mod recipes;
 #[path = "train/stages.rs"]

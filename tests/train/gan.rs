@@ -8,8 +8,8 @@ use vqrae::{Device, Tensor};
 use super::optimisation::sets;
 use super::{Bench, fails_with, succeeds};
 
-const RATE: &str = "groups.discriminator={peak=2e-3, end=2e-3}";
-const SMALL: &str = "nlayer={width=32, stages=1}";
+pub(super) const RATE: &str = "groups.discriminator={peak=2e-3, end=2e-3}";
+pub(super) const SMALL: &str = "nlayer={width=32, stages=1}";
 const KEEP: &str = "train.keep_checkpoints=99";
 
 /// Of every line of the log that has it, a term.
@@ -74,7 +74,7 @@ fn a_discriminator_learns_and_one_without_a_say_changes_nothing() {
 }
 
 /// A DINO of 8 channels, two blocks and 2×2 patches of 8 pixels.
-fn dino() -> Tensors {
+pub(super) fn dino() -> Tensors {
     let block = |i: usize| {
         let of = move |name: &str, shape: &[usize]| (format!("blocks.{i}.{name}"), shape.to_vec());
         [

@@ -5,7 +5,7 @@ use vqrae::weights::{Tensors, read_file};
 
 impl Bench {
     /// A file of a checkpoint.
-    fn tensors(&self, run: &str, step: usize, file: &str) -> Tensors {
+    pub(super) fn tensors(&self, run: &str, step: usize, file: &str) -> Tensors {
         let path = self.path(run).join(format!("checkpoints/step-{step:08}/{file}.safetensors"));
         read_file(&path).expect("a checkpoint")
     }

@@ -8,7 +8,7 @@ const CODEBOOK: [&str; 6] =
     ["--set", "stage={name=\"codebook\"}", "--set", "groups.encoder={peak=0}", "--set", "train.steps=4"];
 
 /// Stage 1 and then stage 2 with these wishes.
-fn joint(bench: &Bench, run: &str, more: &[&str]) -> std::process::Output {
+pub(super) fn joint(bench: &Bench, run: &str, more: &[&str]) -> std::process::Output {
     if !bench.path("first").exists() {
         succeeds(&bench.train("first", &CODEBOOK));
     }

@@ -1,6 +1,7 @@
 //! `train`: photos and a TOML file → a model folder, in steps that can be stopped and gone on with.
 
 mod curves;
+mod devices;
 mod plan;
 
 use std::ops::ControlFlow;
@@ -9,8 +10,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::ValueEnum;
 use vqrae::train::plan::Plan;
-use vqrae::train::{Config, Event, Files, StepLog, ValidationLog, run};
+use vqrae::train::{Config, Event, Files, StepLog, ValidationLog, run_on};
 
+use self::devices::DeviceArgs;
 use super::write_sheet;
 use crate::load::{catch_interrupts, interrupted};
 use crate::report::{self, Exit};
@@ -44,6 +46,8 @@ pub(crate) struct Args {
     /// Replace a setting of the file, such as train.steps=200; may be given many times
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    #[command(flatten)]
+    devices: DeviceArgs,
     /// Print parameters by group, an estimate of the memory and the schedule, and end
     #[arg(long)]
     dry_run: bool,
@@ -56,6 +60,7 @@ Examples:
   vqrae-cli train --config train.toml --data photos --output-dir run \\
     --set 'loss.perceptual={ weight = 1.0, weights = \"lpips_vgg16.safetensors\" }'
   vqrae-cli train --config stage2.toml --from run --data photos --val held-out --output-dir run2
+  vqrae-cli train --config train.toml --data photos --output-dir run --device cuda:0,1,2,3
   vqrae-cli train --config train.toml --dry-run";
 
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +77,7 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
         report::data(&plan::text(&config, &Plan::of(&config)?));
         return Ok(Exit::Success);
     }
+    let devices = args.devices.open()?;
     catch_interrupts()?;
     let (mut last, mut stopped) = (None, false);
     let output = args.output_dir.unwrap_or_default();
@@ -94,7 +100,7 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
         if stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
     let files = Files { train: args.data, validation: args.val, output };
-    run(&config, &files, args.resume == Resume::Auto, &mut tell)?;
+    run_on(&devices, &config, &files, args.resume == Resume::Auto, &mut tell)?;
     show(curves::draw(&log_file, &curves));
     if let Some(log) = last {
         report::data(&serde_json::to_string(&log)?);

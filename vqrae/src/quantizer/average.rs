@@ -20,6 +20,36 @@ pub(super) const CODEBOOK: &str = "codebook";
 const CLUSTER_SIZE: &str = "cluster_size";
 const EMBED_AVG: &str = "embed_avg";
 
+/// The equal shares that a batch is divided into where several ranks train together, as moving averages see them.
+pub trait Shares {
+    /// How many there are.
+    fn count(&self) -> usize;
+
+    /// Which one this is, from 0, in the order of the batch.
+    fn index(&self) -> usize;
+
+    /// Replaces numbers by their sums over all shares.
+    fn add(&self, values: &mut [f64]) -> Result<()>;
+}
+
+/// The whole batch in one share.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Whole;
+
+impl Shares for Whole {
+    fn count(&self) -> usize {
+        1
+    }
+
+    fn index(&self) -> usize {
+        0
+    }
+
+    fn add(&self, _: &mut [f64]) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// Whether a tensor of this name, without what stands before its last dot, belongs to a codebook of moving averages.
 pub(super) fn is_average(name: &str) -> bool {
     [CODEBOOK, CLUSTER_SIZE, EMBED_AVG].contains(&name)
@@ -79,22 +109,24 @@ impl Averages {
     }
 
     /// New values of all three tensors after a step. `batches` are what chose of this codebook, each `[B, N, e]` as it met
-    /// the codes with its indices `[B, N]`: one batch, or one a level where levels share the codebook.
+    /// the codes with its indices `[B, N]`: one batch, or one a level where levels share the codebook. They are this share's,
+    /// the new values are those of all shares.
     pub(super) fn update(
         &self,
         codebook: &Tensor,
         metric: Metric,
         batches: &[(Tensor, Tensor)],
+        shares: &dyn Shares,
         choose: Choose,
     ) -> Result<Tensors> {
         let mut state = self.state(codebook, metric)?;
         for (features, indices) in batches {
-            state.follow(&array(features)?, &indices.flatten_all()?.to_vec1::<u32>()?);
+            state.follow(&array(features)?, &indices.flatten_all()?.to_vec1::<u32>()?, shares)?;
         }
         state.smooth();
         let features: Vec<&Tensor> = batches.iter().map(|(features, _)| features).collect();
         // Token by token, as the library has them: what is drawn depends on the order.
-        state.restart(&array(&Tensor::stack(&features, 2)?)?, choose);
+        state.restart(&array(&Tensor::stack(&features, 2)?)?, shares, choose)?;
         state.tensors(codebook)
     }
 
@@ -136,19 +168,20 @@ struct State {
 
 impl State {
     /// Moves sizes and sums towards those of the batch.
-    fn follow(&mut self, features: &[f32], indices: &[u32]) {
+    fn follow(&mut self, features: &[f32], indices: &[u32], shares: &dyn Shares) -> Result<()> {
         let e = self.e;
-        let mut sizes = vec![0f64; self.sizes.len()];
-        let mut sums = vec![0f64; self.sums.len()];
+        let mut counted = vec![0f64; self.sizes.len() + self.sums.len()];
+        let (sizes, sums) = counted.split_at_mut(self.sizes.len());
         for (feature, &k) in features.chunks_exact(e).zip(indices) {
             let k = k as usize;
             sizes[k] += 1.0;
             sums[k * e..][..e].iter_mut().zip(feature).for_each(|(sum, &x)| *sum += f64::from(x));
         }
+        shares.add(&mut counted)?;
         let decay = self.config.decay;
-        let lerp = |old: &mut f32, new: f64| *old = (decay * f64::from(*old) + (1.0 - decay) * new) as f32;
-        self.sizes.iter_mut().zip(sizes).for_each(|(old, new)| lerp(old, new));
-        self.sums.iter_mut().zip(sums).for_each(|(old, new)| lerp(old, new));
+        let lerp = |(old, new): (&mut f32, f64)| *old = (decay * f64::from(*old) + (1.0 - decay) * new) as f32;
+        self.sizes.iter_mut().chain(&mut self.sums).zip(counted).for_each(lerp);
+        Ok(())
     }
 
     /// The codes as sums over Laplace-smoothed sizes.
@@ -167,25 +200,34 @@ impl State {
     }
 
     /// Makes dead codes features of the batch; where there are more than features, some wait for the next step.
-    fn restart(&mut self, features: &[f32], choose: Choose) {
+    fn restart(&mut self, features: &[f32], shares: &dyn Shares, choose: Choose) -> Result<()> {
         let (e, threshold) = (self.e, self.config.threshold_ema_dead_code);
         let mut dead: Vec<usize> = (0..self.sizes.len()).filter(|&k| f64::from(self.sizes[k]) < threshold).collect();
-        let n = features.len() / e;
+        let own = features.len() / e;
+        let n = own * shares.count();
         if dead.is_empty() || n == 0 {
-            return;
+            return Ok(());
         }
         if dead.len() > n {
             let mut chosen = choose(dead.len(), n);
             chosen.sort_unstable();
             dead = chosen.into_iter().map(|i| dead[i]).collect();
         }
+        // Every share has the features that are its own, and zeros for the others'.
+        let mut chosen = vec![0f64; dead.len() * e];
+        for (chosen, i) in chosen.chunks_exact_mut(e).zip(choose(n, dead.len())) {
+            if let Some(at) = i.checked_sub(shares.index() * own).filter(|&at| at < own) {
+                chosen.iter_mut().zip(&features[at * e..][..e]).for_each(|(chosen, &x)| *chosen = f64::from(x));
+            }
+        }
+        shares.add(&mut chosen)?;
         let reset = self.config.reset_cluster_size.unwrap_or(threshold) as f32;
-        for (&k, i) in dead.iter().zip(choose(n, dead.len())) {
-            let feature = &features[i * e..][..e];
-            self.codes[k * e..][..e].copy_from_slice(feature);
-            self.sums[k * e..][..e].iter_mut().zip(feature).for_each(|(sum, x)| *sum = x * reset);
+        for (&k, feature) in dead.iter().zip(chosen.chunks_exact(e)) {
+            let row = self.codes[k * e..][..e].iter_mut().zip(&mut self.sums[k * e..][..e]);
+            row.zip(feature).for_each(|((code, sum), &x)| (*code, *sum) = (x as f32, x as f32 * reset));
             self.sizes[k] = reset;
         }
+        Ok(())
     }
 
     fn tensors(self, like: &Tensor) -> Result<Tensors> {
@@ -212,7 +254,7 @@ mod tests {
     #[test]
     fn a_step_by_hand() {
         let mut state = state(0.0);
-        state.follow(&[1., 2., 3.], &[0, 0, 0]);
+        state.follow(&[1., 2., 3.], &[0, 0, 0], &Whole).unwrap();
         state.smooth();
         // n = ½·1 + ½·3 = 2, m = ½·0 + ½·6 = 3; the other: n = ½, m = 5.
         assert_eq!((state.sizes, state.sums, state.codes), (vec![2., 0.5], vec![3., 5.], vec![1.5, 10.]));
@@ -232,19 +274,20 @@ mod tests {
     #[test]
     fn a_dead_code_becomes_a_feature() {
         let mut state = state(0.75);
-        state.follow(&[1., 2., 3.], &[0, 0, 0]);
+        state.follow(&[1., 2., 3.], &[0, 0, 0], &Whole).unwrap();
         state.smooth();
-        state.restart(&[1., 2., 3.], &mut |n, amount| {
+        let mut last = |n, amount| {
             assert_eq!((n, amount), (3, 1));
             vec![2]
-        });
+        };
+        state.restart(&[1., 2., 3.], &Whole, &mut last).unwrap();
         assert_eq!((state.codes, state.sizes, state.sums), (vec![1.5, 3.], vec![2., 0.75], vec![3., 2.25]));
     }
 
     #[test]
     fn of_more_dead_codes_than_features_some_wait() {
         let mut state = state(100.0);
-        state.restart(&[7.], &mut |n, amount| (n - amount..n).collect());
+        state.restart(&[7.], &Whole, &mut |n, amount| (n - amount..n).collect()).unwrap();
         assert_eq!((state.codes, state.sizes), (vec![0., 7.], vec![1., 100.]));
     }
 }

@@ -3,6 +3,7 @@
 use candle_core::{D, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
+use super::average::Shares;
 use super::kmeans::Choose;
 use super::{Norm, Quantized, Table};
 use crate::weights::Tensors;
@@ -78,9 +79,9 @@ pub trait Bottleneck: std::fmt::Debug + Send + Sync {
         None
     }
 
-    /// New values, by name, of the moving averages after a step that quantised `quantized`; empty without any. `choose`
-    /// draws features that replace dead codes.
-    fn update(&self, _quantized: &Quantized, _choose: Choose) -> Result<Tensors> {
+    /// New values, by name, of the moving averages after a step that quantised `quantized`, of which it is one of `shares`;
+    /// empty without any. `choose` draws features of the whole batch that replace dead codes.
+    fn update(&self, _quantized: &Quantized, _shares: &dyn Shares, _choose: Choose) -> Result<Tensors> {
         Ok(Tensors::new())
     }
 

@@ -26,7 +26,7 @@ mod simvq;
 mod table;
 mod vq;
 
-pub use average::EmaConfig;
+pub use average::{EmaConfig, Shares};
 pub use bottleneck::{Bottleneck, DROPPED, Settings};
 pub use entropy::EntropyConfig;
 pub use estimator::Gradient;
@@ -173,7 +173,13 @@ impl Quantizer {
     /// What a training step makes of the moving averages: new values by name, empty without any. To be called with what
     /// the step quantised, after it; `choose` draws features that replace dead codes.
     pub fn update(&self, quantized: &Quantized, choose: Choose) -> Result<Tensors> {
-        self.inner.update(quantized, choose)
+        self.update_shared(quantized, &average::Whole, choose)
+    }
+
+    /// [`Quantizer::update`] where `quantized` is one of several shares of a step's batch: the new values are those that the
+    /// whole batch makes, the same in all shares. `choose` draws of the whole batch and has to draw the same in all.
+    pub fn update_shared(&self, quantized: &Quantized, shares: &dyn Shares, choose: Choose) -> Result<Tensors> {
+        self.inner.update(quantized, shares, choose)
     }
 
     /// First values, by name, of a codebook that starts from features and has not yet: to be called before the first

@@ -13,6 +13,7 @@ use candle_core::{D, DType, Result, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
+use super::average::Shares;
 use super::bottleneck::{self, Bottleneck, Settings};
 use super::kmeans::Choose;
 use super::residual::{Residual, ResidualConfig, below};
@@ -150,10 +151,10 @@ impl Bottleneck for Product {
         Tensor::cat(&self.groups.iter().map(Bottleneck::codebook).collect::<Result<Vec<_>>>()?, 0)
     }
 
-    fn update(&self, quantized: &Quantized, choose: Choose) -> Result<Tensors> {
+    fn update(&self, quantized: &Quantized, shares: &dyn Shares, choose: Choose) -> Result<Tensors> {
         let mut all = Tensors::new();
         for (g, (group, part)) in self.groups.iter().zip(self.parts(quantized)?).enumerate() {
-            all.extend(prefixed(&format!("groups.{g}."), group.update(&part, choose)?));
+            all.extend(prefixed(&format!("groups.{g}."), group.update(&part, shares, choose)?));
         }
         Ok(all)
     }

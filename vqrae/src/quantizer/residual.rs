@@ -25,6 +25,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use super::average::Shares;
 use super::bottleneck::{self, Bottleneck, DROPPED, Settings};
 use super::kmeans::Choose;
 use super::vq::{Vq, VqConfig};
@@ -257,14 +258,14 @@ impl Bottleneck for Residual {
         Tensor::cat(&self.tables.iter().map(Bottleneck::codebook).collect::<Result<Vec<_>>>()?, D::Minus2)
     }
 
-    fn update(&self, quantized: &Quantized, choose: Choose) -> Result<Tensors> {
+    fn update(&self, quantized: &Quantized, shares: &dyn Shares, choose: Choose) -> Result<Tensors> {
         let mut batches: Vec<Vec<(Tensor, Tensor)>> = vec![Vec::new(); self.tables.len()];
         for Level { index, met, indices, .. } in self.levels(quantized)? {
             batches[index.min(self.tables.len() - 1)].push((met, indices));
         }
         let mut made = Tensors::new();
         for (i, (table, batches)) in self.tables.iter().zip(batches).enumerate().filter(|(_, (_, x))| !x.is_empty()) {
-            made.extend(prefixed(&format!("levels.{i}."), table.follow(&batches, choose)?));
+            made.extend(prefixed(&format!("levels.{i}."), table.follow(&batches, shares, choose)?));
         }
         Ok(made)
     }

@@ -12,7 +12,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
-use super::average::{Averages, CODEBOOK, EmaConfig, is_average};
+use super::average::{Averages, CODEBOOK, EmaConfig, Shares, is_average};
 use super::bottleneck::{Bottleneck, Settings, check_cost, check_scale};
 use super::entropy::EntropyConfig;
 use super::kmeans::{self, Choose};
@@ -177,9 +177,9 @@ impl Vq {
     }
 
     /// The moving averages after a step whose `batches` chose of this codebook.
-    pub(super) fn follow(&self, batches: &[(Tensor, Tensor)], choose: Choose) -> Result<Tensors> {
+    pub(super) fn follow(&self, batches: &[(Tensor, Tensor)], shares: &dyn Shares, choose: Choose) -> Result<Tensors> {
         match &self.averages {
-            Some(averages) => averages.update(&self.table.codebook, self.config.metric, batches, choose),
+            Some(averages) => averages.update(&self.table.codebook, self.config.metric, batches, shares, choose),
             None => Ok(Tensors::new()),
         }
     }
@@ -228,8 +228,8 @@ impl Bottleneck for Vq {
         Some(&self.table)
     }
 
-    fn update(&self, quantized: &Quantized, choose: Choose) -> Result<Tensors> {
-        self.follow(&[(quantized.projected.clone(), quantized.indices.clone())], choose)
+    fn update(&self, quantized: &Quantized, shares: &dyn Shares, choose: Choose) -> Result<Tensors> {
+        self.follow(&[(quantized.projected.clone(), quantized.indices.clone())], shares, choose)
     }
 
     /// Whether `init` takes the codes from features and the codebook is still all zeros.

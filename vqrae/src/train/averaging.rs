@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{Device, Var};
 use rayon::prelude::*;
 
+use super::values::Values;
 use crate::error::{Error, Result};
 use crate::weights::Tensors;
 
@@ -13,12 +14,12 @@ use crate::weights::Tensors;
 #[derive(Debug)]
 pub(super) struct WeightAverage {
     decay: f32,
-    values: BTreeMap<String, Vec<f32>>,
+    values: BTreeMap<String, Values>,
 }
 
 impl WeightAverage {
     pub(super) fn new(decay: f64, parameters: &BTreeMap<String, Var>) -> Result<Self> {
-        let values = |(name, var): (&String, &Var)| Ok((name.clone(), var.flatten_all()?.to_vec1::<f32>()?));
+        let values = |(name, var): (&String, &Var)| Ok((name.clone(), Values::of(&var.copy()?)?));
         Ok(Self { decay: decay as f32, values: parameters.iter().map(values).collect::<Result<_>>()? })
     }
 
@@ -27,17 +28,15 @@ impl WeightAverage {
         let decay = self.decay;
         self.values.par_iter_mut().try_for_each(|(name, values)| {
             let Some(var) = parameters.get(name) else { return Ok(()) };
-            let new = var.flatten_all()?.to_vec1::<f32>()?;
-            values.iter_mut().zip(new).for_each(|(old, new)| *old = decay * *old + (1.0 - decay) * new);
-            Ok(())
+            Ok(values.follow(var, decay)?)
         })
     }
 
-    /// The averages in the shapes of the parameters.
+    /// The averages in the shapes of the parameters, on the CPU.
     pub(super) fn tensors(&self, parameters: &BTreeMap<String, Var>) -> Result<Tensors> {
         let tensor = |(name, var): (&String, &Var)| {
             let values = self.values.get(name).ok_or_else(|| missing(name))?;
-            Ok((name.clone(), Tensor::from_slice(values, var.shape(), &Device::Cpu)?))
+            Ok((name.clone(), values.tensor()?.reshape(var.shape())?.to_device(&Device::Cpu)?))
         };
         parameters.iter().map(tensor).collect()
     }
@@ -46,11 +45,10 @@ impl WeightAverage {
     pub(super) fn load(&mut self, mut tensors: Tensors) -> Result<()> {
         for (name, values) in &mut self.values {
             let tensor = tensors.remove(name).ok_or_else(|| missing(name))?;
-            let loaded = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-            if loaded.len() != values.len() {
+            if tensor.elem_count() != values.len() {
                 return Err(missing(name));
             }
-            *values = loaded;
+            values.set(&tensor)?;
         }
         Ok(())
     }
@@ -62,6 +60,8 @@ fn missing(name: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Tensor;
+
     use super::*;
 
     #[test]
@@ -75,5 +75,11 @@ mod tests {
         }
         assert_eq!(average.tensors(&parameters).unwrap()["w"].to_vec1::<f32>().unwrap(), [2.25, 6.0]);
         assert!(average.load(Tensors::new()).is_err());
+
+        let mut on_device = Values::Device(Tensor::new(&[4f32, 8.0], &Device::Cpu).unwrap());
+        for values in [[0f32, 8.0], [0.0, 0.0]] {
+            on_device.follow(&Tensor::new(&values, &Device::Cpu).unwrap(), 0.75).unwrap();
+        }
+        assert_eq!(on_device.tensor().unwrap().to_vec1::<f32>().unwrap(), [2.25, 6.0]);
     }
 }

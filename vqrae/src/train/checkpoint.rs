@@ -28,7 +28,7 @@ pub struct State {
 }
 
 /// A checkpoint as it was read.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Checkpoint {
     /// What it says about itself.
     pub state: State,

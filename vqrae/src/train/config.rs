@@ -1,6 +1,7 @@
 //! What a run is to do: a TOML file, and `key=value` overrides.
 
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
@@ -9,6 +10,7 @@ use super::data::{Photos, ResizedCrop, Sizes};
 use super::gan::{self, Gan};
 use super::loss;
 use super::optimizer;
+use super::ranks::Ranks;
 use super::schedule::Rate;
 use super::stage::Stage;
 use super::{Event, Observer, start};
@@ -109,10 +111,10 @@ impl Model {
 pub struct Run {
     /// Steps of the whole run.
     pub steps: usize,
-    /// Images a step.
+    /// Images a step, of all ranks together.
     pub batch_size: usize,
-    /// Parts in which a step's images go through the network, their gradients summed: less memory, the same step. What
-    /// compares the images of a batch (entropies, dynamic STE) sees a part at a time.
+    /// Parts in which a rank's images of a step go through the network, their gradients summed: less memory, the same step.
+    /// What compares the images of a batch (entropies, dynamic STE) sees a part of a rank at a time.
     pub accumulate: usize,
     /// What the products of the blocks read, forwards and backwards: `f32`, or `bf16`, which is faster where the processor has
     /// instructions for it. Weights, sums, norms, softmax, quantizer, losses and optimizer are f32 either way.
@@ -325,12 +327,12 @@ impl Config {
     }
 
     /// The adversarial part at its beginning, if the run has one.
-    pub(super) fn start_gan(&self, preprocessor: &Preprocessor) -> Result<Option<Gan>> {
+    pub(super) fn start_gan(&self, preprocessor: &Preprocessor, ranks: Rc<dyn Ranks>) -> Result<Option<Gan>> {
         let (Some(gan), Some(rate)) = (&self.gan, self.groups.discriminator) else { return Ok(None) };
         let Run { steps, warmup_steps, seed, .. } = self.train;
         let [mean, std] = preprocessor.unit_mean_and_std();
         let settings = gan::Settings { steps, warmup_steps, rate, optimizer: self.optimizer, seed, mean, std };
-        Gan::new(gan, settings).map(Some)
+        Gan::among(ranks, gan, settings).map(Some)
     }
 
     /// The model's config, its preprocessor and the tensors of step 0 (none when a checkpoint `resumes`).

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
+use candle_core::{Device, Tensor, Var, backprop::GradStore};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::ranks::Ranks;
+use super::values::{self, Values};
 use crate::error::{Error, Result};
 use crate::weights::Tensors;
 
@@ -33,8 +35,8 @@ impl Default for Config {
 
 #[derive(Debug, Clone)]
 struct Moments {
-    first: Vec<f32>,
-    second: Vec<f32>,
+    first: Values,
+    second: Values,
 }
 
 /// AdamW over named parameters.
@@ -46,10 +48,14 @@ pub struct AdamW {
 
 impl AdamW {
     /// With moments of zero.
-    pub fn new(config: Config, parameters: &BTreeMap<String, Var>) -> Self {
-        let zero = |var: &Var| Moments { first: vec![0.0; var.elem_count()], second: vec![0.0; var.elem_count()] };
-        let moments = parameters.iter().map(|(name, var)| (name.clone(), zero(var))).collect();
-        Self { config, moments }
+    ///
+    /// # Errors
+    /// If a device has no memory left for them.
+    pub fn new(config: Config, parameters: &BTreeMap<String, Var>) -> Result<Self> {
+        let zeros = |var: &Var| Values::zeros(var.elem_count(), var.device());
+        let moments =
+            |(name, var): (&String, &Var)| Ok((name.clone(), Moments { first: zeros(var)?, second: zeros(var)? }));
+        Ok(Self { config, moments: parameters.iter().map(moments).collect::<Result<_>>()? })
     }
 
     /// One step; `taken` are those before it, `rate` gives a parameter's learning rate by its name.
@@ -60,36 +66,39 @@ impl AdamW {
         taken: usize,
         rate: impl Fn(&str) -> f64 + Sync,
     ) -> Result<()> {
-        let norm = gradients.norm();
+        let norm = gradients.norm()?;
         let clip = if norm > self.config.max_grad_norm { self.config.max_grad_norm / norm } else { 1.0 };
+        let correction = [self.config.beta1, self.config.beta2].map(|beta| 1.0 - beta.powf((taken + 1) as f64));
         let config = self.config;
-        let correction = [config.beta1, config.beta2].map(|beta| 1.0 - beta.powf((taken + 1) as f64));
-        self.moments.par_iter_mut().try_for_each(|(name, moments)| -> Result<()> {
+        let one = |(name, moments): (&String, &mut Moments)| -> Result<()> {
             let (Some(var), Some(gradient)) = (parameters.get(name), gradients.0.get(name)) else { return Ok(()) };
             let rate = rate(name);
             let decay = if decays(name, var.rank()) { rate * config.weight_decay } else { 0.0 };
-            let mut values = var.flatten_all()?.to_vec1::<f32>()?;
-            let (b1, b2) = (config.beta1 as f32, config.beta2 as f32);
-            let scale = (rate / correction[0]) as f32;
-            let root = (1.0 / correction[1]) as f32;
-            let all = values.iter_mut().zip(gradient).zip(moments.first.iter_mut().zip(&mut moments.second));
-            for ((value, gradient), (first, second)) in all {
-                let gradient = gradient * clip as f32;
-                *first = b1 * *first + (1.0 - b1) * gradient;
-                *second = b2 * *second + (1.0 - b2) * gradient * gradient;
-                *value -= decay as f32 * *value + scale * *first / ((*second * root).sqrt() + config.eps as f32);
-            }
-            Ok(var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?)
-        })
+            let scale = rate / correction[0];
+            let step = Step { config, clip, decay, scale, root: 1.0 / correction[1] };
+            let values = match (&mut moments.first, &mut moments.second, gradient) {
+                (Values::Host(first), Values::Host(second), Values::Host(gradient)) => {
+                    let mut values = var.flatten_all()?.to_vec1::<f32>()?;
+                    step.on_host(&mut values, gradient, first, second);
+                    Tensor::from_vec(values, var.shape(), var.device())?
+                }
+                (first, second, gradient) => step.on_device(var, &gradient.tensor()?, first, second)?,
+            };
+            Ok(var.set(&values)?)
+        };
+        // A device does one thing after the other; threads would only stand in each other's way.
+        match parameters.values().all(|var| var.device().is_cpu()) {
+            true => self.moments.par_iter_mut().try_for_each(one),
+            false => self.moments.iter_mut().try_for_each(one),
+        }
     }
 
-    /// The moments as tensors, `first.NAME` and `second.NAME`.
+    /// The moments as tensors of the CPU, `first.NAME` and `second.NAME`.
     pub fn state(&self) -> Result<Tensors> {
         let mut tensors = Tensors::new();
         for (name, moments) in &self.moments {
-            let tensor = |values: &[f32]| Tensor::from_slice(values, values.len(), &Device::Cpu);
-            tensors.insert(format!("first.{name}"), tensor(&moments.first)?);
-            tensors.insert(format!("second.{name}"), tensor(&moments.second)?);
+            tensors.insert(format!("first.{name}"), moments.first.tensor()?.to_device(&Device::Cpu)?);
+            tensors.insert(format!("second.{name}"), moments.second.tensor()?.to_device(&Device::Cpu)?);
         }
         Ok(tensors)
     }
@@ -107,7 +116,7 @@ impl AdamW {
                         values.len()
                     )));
                 }
-                *values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+                values.set(&tensor)?;
             }
         }
         match tensors.keys().next() {
@@ -121,9 +130,50 @@ fn wrong(reason: String) -> Error {
     Error::Training(format!("the checkpoint's optimizer state does not fit the config: {reason}"))
 }
 
-/// The gradients of parameters by name, each in one vector.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Gradients(BTreeMap<String, Vec<f32>>);
+/// One parameter's step.
+struct Step {
+    config: Config,
+    /// What the gradient is scaled down by.
+    clip: f64,
+    /// Share of the value that decays.
+    decay: f64,
+    /// Of the first moment: the rate over its correction.
+    scale: f64,
+    /// Of the second moment: one over its correction.
+    root: f64,
+}
+
+impl Step {
+    fn on_host(&self, values: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32]) {
+        let (b1, b2, eps) = (self.config.beta1 as f32, self.config.beta2 as f32, self.config.eps as f32);
+        let (clip, decay, scale, root) = (self.clip as f32, self.decay as f32, self.scale as f32, self.root as f32);
+        let all = values.iter_mut().zip(gradient).zip(first.iter_mut().zip(second));
+        for ((value, gradient), (first, second)) in all {
+            let gradient = gradient * clip;
+            *first = b1 * *first + (1.0 - b1) * gradient;
+            *second = b2 * *second + (1.0 - b2) * gradient * gradient;
+            *value -= decay * *value + scale * *first / ((*second * root).sqrt() + eps);
+        }
+    }
+
+    /// The same by tensor operations; returns the new value.
+    fn on_device(&self, var: &Var, gradient: &Tensor, first: &mut Values, second: &mut Values) -> Result<Tensor> {
+        let gradient = (gradient * self.clip)?;
+        // One less β in f32, as on the host: of a β near one it is another number than in f64.
+        let moment = |old: &Tensor, new: &Tensor, beta: f64| (old * beta)? + (new * f64::from(1.0 - beta as f32))?;
+        let new_first = moment(&first.tensor()?, &gradient, self.config.beta1)?;
+        let new_second = moment(&second.tensor()?, &gradient.sqr()?, self.config.beta2)?;
+        let change = ((&new_first * self.scale)? / ((&new_second * self.root)?.sqrt()? + self.config.eps)?)?;
+        let value = var.as_detached_tensor();
+        let kept = (&value * (1.0 - self.decay))?;
+        (*first, *second) = (Values::Device(new_first), Values::Device(new_second));
+        Ok((kept - change.reshape(value.shape())?)?)
+    }
+}
+
+/// The gradients of parameters by name, where the parameters are.
+#[derive(Debug, Clone, Default)]
+pub struct Gradients(BTreeMap<String, Values>);
 
 impl Gradients {
     /// Those of one backward pass.
@@ -136,50 +186,139 @@ impl Gradients {
             let gradient = store
                 .remove(var.as_tensor())
                 .ok_or_else(|| Error::Training(format!("parameter `{name}` received no gradient")))?;
-            Ok((name.clone(), gradient.flatten_all()?.to_vec1::<f32>()?))
+            Ok((name.clone(), Values::of(&gradient)?))
         };
         parameters.iter().map(gradient).collect::<Result<_>>().map(Self)
     }
 
     /// Adds those of another part of the batch.
-    pub fn add(&mut self, other: Self) {
+    ///
+    /// # Errors
+    /// If a device has no memory left.
+    pub fn add(&mut self, other: Self) -> Result<()> {
         for (name, values) in other.0 {
             match self.0.get_mut(&name) {
-                Some(sum) => sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value),
-                None => {
-                    self.0.insert(name, values);
-                }
+                Some(sum) => sum.add(values)?,
+                None => drop(self.0.insert(name, values)),
             }
         }
+        Ok(())
+    }
+
+    /// Turns the ranks' own into their sum, many parameters at a time.
+    ///
+    /// # Errors
+    /// If a rank has ended.
+    pub fn sum(&mut self, ranks: &dyn Ranks) -> Result<()> {
+        /// Numbers that are summed in one go, at least.
+        const BUCKET: usize = 1 << 24;
+        if ranks.size() == 1 {
+            return Ok(());
+        }
+        let mut left: Vec<&mut Values> = self.0.values_mut().collect();
+        while !left.is_empty() {
+            let mut count = 0;
+            let end = left.iter().position(|values| {
+                count += values.len();
+                count >= BUCKET
+            });
+            let bucket: Vec<_> = left.drain(..end.map_or(left.len(), |last| last + 1)).collect();
+            let flat = bucket.iter().map(|values| values.tensor()).collect::<candle_core::Result<Vec<_>>>()?;
+            let sum = ranks.sum(&Tensor::cat(&flat, 0)?)?;
+            let mut at = 0;
+            for values in bucket {
+                values.set(&sum.narrow(0, at, values.len())?)?;
+                at += values.len();
+            }
+        }
+        Ok(())
     }
 
     /// Turns a sum over `parts` parts of the batch into the mean.
-    pub fn divide(&mut self, parts: usize) {
+    ///
+    /// # Errors
+    /// If a device has no memory left.
+    pub fn divide(&mut self, parts: usize) -> Result<()> {
         if parts > 1 {
-            self.0.par_iter_mut().for_each(|(_, values)| values.iter_mut().for_each(|value| *value /= parts as f32));
+            self.0.par_iter_mut().try_for_each(|(_, values)| values.divide(parts as f32))?;
         }
+        Ok(())
     }
 
     /// The norm of all of them together.
-    pub fn norm(&self) -> f64 {
-        self.0.values().map(|values| squares(values)).sum::<f64>().sqrt()
+    ///
+    /// # Errors
+    /// If a device fails.
+    pub fn norm(&self) -> Result<f64> {
+        Ok(values::squares(self.0.values())?.iter().sum::<f64>().sqrt())
     }
 
     /// The norm of each group of parameters, which the first word of a name tells.
-    pub fn norms(&self) -> BTreeMap<String, f64> {
+    ///
+    /// # Errors
+    /// If a device fails.
+    pub fn norms(&self) -> Result<BTreeMap<String, f64>> {
         let mut sums = BTreeMap::<String, f64>::new();
-        for (name, values) in &self.0 {
-            *sums.entry(super::config::group(name).to_string()).or_default() += squares(values);
+        for (name, square) in self.0.keys().zip(values::squares(self.0.values())?) {
+            *sums.entry(super::config::group(name).to_string()).or_default() += square;
         }
-        sums.into_iter().map(|(group, sum)| (group, sum.sqrt())).collect()
+        Ok(sums.into_iter().map(|(group, sum)| (group, sum.sqrt())).collect())
     }
-}
-
-fn squares(values: &[f32]) -> f64 {
-    values.iter().map(|&v| f64::from(v) * f64::from(v)).sum()
 }
 
 /// Whether weight decay applies: matrices only.
 pub fn decays(name: &str, rank: usize) -> bool {
     rank >= 2 && !name.contains("position_embedding") && !name.ends_with("codebook")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A matrix and a vector, their gradients, and an optimizer that has them where `place` puts them.
+    fn toy(place: fn(&Tensor) -> Values) -> (BTreeMap<String, Var>, Gradients, AdamW) {
+        let wave = |shape: &[usize], phase: f32| {
+            let n = shape.iter().product::<usize>();
+            let values = (0..n).map(|i| (i as f32 * 0.7 + phase).sin()).collect::<Vec<f32>>();
+            Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+        };
+        let all = [("decoder.w", wave(&[3, 5], 0.0)), ("decoder.b", wave(&[7], 1.0))];
+        let vars = all.map(|(name, value)| (name.to_string(), Var::from_tensor(&value).unwrap()));
+        let parameters = BTreeMap::from(vars);
+        let gradients = parameters.iter().map(|(name, var)| (name.clone(), place(&(var.as_tensor() * 3.0).unwrap())));
+        let gradients = Gradients(gradients.collect());
+        let mut optimizer = AdamW::new(Config::default(), &parameters).unwrap();
+        for moments in optimizer.moments.values_mut() {
+            moments.first = place(&moments.first.tensor().unwrap());
+            moments.second = place(&moments.second.tensor().unwrap());
+        }
+        (parameters, gradients, optimizer)
+    }
+
+    #[test]
+    fn a_device_takes_the_steps_of_the_cpu() {
+        let host = |tensor: &Tensor| Values::of(tensor).unwrap();
+        let device = |tensor: &Tensor| Values::Device(tensor.flatten_all().unwrap());
+        let run = |place: fn(&Tensor) -> Values| {
+            let (parameters, mut gradients, mut optimizer) = toy(place);
+            gradients.add(gradients.clone()).unwrap();
+            gradients.divide(3).unwrap();
+            for taken in 0..4 {
+                optimizer.step(&parameters, &gradients, taken, |_| 0.1).unwrap();
+            }
+            let state = optimizer.state().unwrap();
+            let mut all = vec![gradients.norm().unwrap() as f32];
+            all.extend(gradients.norms().unwrap().values().map(|&norm| norm as f32));
+            for tensor in state.values().chain(parameters.values().map(Var::as_tensor)) {
+                all.extend(tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            }
+            optimizer.load_state(state).unwrap();
+            all
+        };
+        let (host, device) = (run(host), run(device));
+        assert_eq!(host.len(), device.len());
+        for (i, (host, device)) in host.iter().zip(&device).enumerate() {
+            assert!((host - device).abs() <= 1e-6 * host.abs().max(0.1), "{i}: {host} and {device}");
+        }
+    }
 }

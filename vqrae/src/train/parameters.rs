@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::config::Groups;
 use crate::error::Result;
@@ -45,11 +45,11 @@ impl Fate {
 }
 
 impl Parameters {
-    /// Those of a model, in f32.
-    pub(super) fn of(tensors: &Tensors, groups: &Groups, model: &model::Config) -> Result<Self> {
+    /// Those of a model, in f32 on `device`.
+    pub(super) fn of(tensors: &Tensors, groups: &Groups, model: &model::Config, device: &Device) -> Result<Self> {
         let (mut trained, mut averages, mut frozen) = (BTreeMap::new(), BTreeMap::new(), Tensors::new());
         for (name, tensor) in tensors {
-            let tensor = tensor.to_dtype(DType::F32)?;
+            let tensor = tensor.to_dtype(DType::F32)?.to_device(device)?;
             match Fate::of(name, groups, model) {
                 Fate::Frozen => drop(frozen.insert(name.clone(), tensor)),
                 Fate::Average => drop(averages.insert(name.clone(), Var::from_tensor(&tensor)?)),
@@ -65,10 +65,11 @@ impl Parameters {
         vars.chain(self.frozen.iter().map(|(name, tensor)| (name.clone(), tensor.clone()))).collect()
     }
 
-    /// All tensors, none of them tracked.
-    pub(super) fn tensors(&self) -> Tensors {
+    /// All tensors, none of them tracked, on the CPU.
+    pub(super) fn tensors(&self) -> Result<Tensors> {
         let vars = self.trained.iter().chain(&self.averages);
         let vars = vars.map(|(name, var)| (name.clone(), var.as_detached_tensor()));
-        vars.chain(self.frozen.clone()).collect()
+        let on_cpu = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_device(&Device::Cpu)?));
+        vars.chain(self.frozen.clone()).map(on_cpu).collect()
     }
 }

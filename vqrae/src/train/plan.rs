@@ -1,10 +1,14 @@
 //! What a run would be, without running it: parameters of each group, memory, schedule.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use candle_core::Device;
 
 use super::config::{Config, GROUPS, Start, group};
 use super::optimizer;
 use super::parameters::Fate;
+use super::ranks::Alone;
 use super::stage::{Stage, Target};
 use crate::error::Result;
 use crate::model::fresh_tensors;
@@ -64,7 +68,7 @@ impl Plan {
             let step = |i: usize| i * steps.saturating_sub(1) / (RATES - 1);
             plan.rates = (0..RATES).map(|i| rate.at(step(i), config.train.warmup_steps, steps)).collect();
         }
-        if let Some(gan) = config.start_gan(&preprocessor)? {
+        if let Some(gan) = config.start_gan(&preprocessor, Rc::new(Alone(Device::Cpu)))? {
             let (trained, decayed) = gan.parameter_counts();
             let rates = (0..RATES).map(|i| gan.rate(i * steps.saturating_sub(1) / (RATES - 1))).collect();
             groups.insert("discriminator", GroupPlan { trained, decayed, untrained: 0, rates });

@@ -135,6 +135,7 @@ impl Teacher {
         distillation: &Distillation,
         start: Option<&Path>,
         config: &encoder::Config,
+        device: &Device,
     ) -> Result<Option<Self>> {
         if distillation.target == Target::Quantized {
             return Ok(None);
@@ -151,10 +152,10 @@ impl Teacher {
                 return Err(Error::Training(reason.into()));
             }
         };
-        Self::read(folder, config).map(Some)
+        Self::read(folder, config, device).map(Some)
     }
 
-    fn read(folder: &Path, config: &encoder::Config) -> Result<Self> {
+    fn read(folder: &Path, config: &encoder::Config, device: &Device) -> Result<Self> {
         let whole = folder.join("config.json");
         let text = std::fs::read_to_string(&whole).map_err(Error::io(&whole))?;
         let is_model = text.contains("\"vqrae\"") && model::Config::from_json(&text, &whole).is_ok();
@@ -168,8 +169,7 @@ impl Teacher {
         let cast = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(DType::F32)?));
         let tensors = tensors.into_iter().map(cast).collect::<Result<HashMap<_, _>>>()?;
         let unfit = |error| Error::weights(folder, format!("this teacher is another encoder than the run's: {error}"));
-        let encoder =
-            Encoder::load(VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu), config).map_err(unfit)?;
+        let encoder = Encoder::load(VarBuilder::from_tensors(tensors, DType::F32, device), config).map_err(unfit)?;
         Ok(Self { encoder, hash })
     }
 

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use rand::RngCore;
 
@@ -20,17 +21,19 @@ use super::log::{Event, Journal, Observer, StepLog, Window};
 use super::loss::{Losses, RECONSTRUCTION, Seen};
 use super::optimizer::{self, AdamW, Gradients};
 use super::parameters::Parameters;
+use super::ranks::{Ranks, share};
 use super::stage::{Stage, Teacher};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::image::Preprocessor;
 use crate::metrics::CodeCounts;
-use crate::model::Network;
+use crate::model::{self, Network};
 use crate::quantizer::{self, Quantized};
 use crate::weights::Tensors;
 
-/// A run between two steps.
+/// A rank of a run between two steps.
 pub(super) struct Trainer<'a> {
+    pub(super) ranks: Rc<dyn Ranks>,
     pub(super) config: &'a Config,
     pub(super) output: &'a Path,
     pub(super) preprocessor: Preprocessor,
@@ -39,7 +42,8 @@ pub(super) struct Trainer<'a> {
     pub(super) parameters: Parameters,
     pub(super) average: Option<WeightAverage>,
     pub(super) state: State,
-    pub(super) journal: Journal,
+    /// Of the rank that speaks for all.
+    pub(super) journal: Option<Journal>,
     network: Network,
     blocks: Blocks,
     teacher: Option<Teacher>,
@@ -52,11 +56,11 @@ pub(super) struct Trainer<'a> {
 
 /// What the parts of a batch give together.
 #[derive(Default)]
-struct Sum {
-    loss: f64,
-    terms: BTreeMap<&'static str, f64>,
-    gradients: Gradients,
-    codes: Vec<u32>,
+pub(super) struct Sum {
+    pub(super) loss: f64,
+    pub(super) terms: BTreeMap<&'static str, f64>,
+    pub(super) gradients: Gradients,
+    pub(super) codes: Vec<u32>,
     /// Kept for moving averages alone.
     quantized: Vec<Quantized>,
     /// Kept for the discriminator alone.
@@ -66,24 +70,25 @@ struct Sum {
 }
 
 impl<'a> Trainer<'a> {
+    /// From what [`Config::start_model`] gives.
     pub(super) fn new(
+        ranks: Rc<dyn Ranks>,
         config: &'a Config,
-        photos: &Photos,
+        (model, preprocessor, start): (model::Config, Preprocessor, Tensors),
         output: &'a Path,
         found: Option<Checkpoint>,
-        tell: Observer,
     ) -> Result<Self> {
-        let (model, preprocessor, start) = config.start_model(photos, found.is_some(), tell)?;
+        let device = ranks.device();
         let as_json = serde_json::to_value(config).map_err(|e| Error::config("config", e))?;
         let buckets = config.train.buckets(preprocessor.size, &model)?;
         let distillation = config.stage.as_ref().and_then(Stage::distillation);
-        let of_start = |wanted| Teacher::of(wanted, config.start.folder(), &config.model.encoder);
+        let of_start = |wanted| Teacher::of(wanted, config.start.folder(), &config.model.encoder, device);
         let mut teacher = distillation.map(of_start).transpose()?.flatten();
         if let Some(teacher) = &mut teacher {
             teacher.multiply_in(config.train.compute);
         }
         let hash = teacher.as_ref().map(|teacher| teacher.hash.clone());
-        let mut gan = config.start_gan(&preprocessor)?;
+        let mut gan = config.start_gan(&preprocessor, ranks.clone())?;
         let (tensors, moments, average, state) = match found {
             None => {
                 let guard = guard::Seen::default();
@@ -102,9 +107,8 @@ impl<'a> Trainer<'a> {
                 (model, Some(optimizer), average, state)
             }
         };
-        let parameters = Parameters::of(&tensors, &config.groups, &model)?;
-        let mut network =
-            Network::load(VarBuilder::from_tensors(parameters.tracked(), DType::F32, &Device::Cpu), &model)?;
+        let parameters = Parameters::of(&tensors, &config.groups, &model, device)?;
+        let mut network = Network::load(VarBuilder::from_tensors(parameters.tracked(), DType::F32, device), &model)?;
         network.multiply_in(config.train.compute);
         let blocks = Blocks::new(config.train.checkpoint_blocks);
         let runner: Arc<dyn crate::vit::RunBlock> = Arc::new(blocks.clone());
@@ -112,7 +116,7 @@ impl<'a> Trainer<'a> {
         if let Some(latent) = &network.latent {
             buckets.iter().try_for_each(|sizes| latent.check_grid(network.grid(sizes.input.0, sizes.input.1)?))?;
         }
-        let mut optimizer = AdamW::new(config.optimizer, &parameters.trained);
+        let mut optimizer = AdamW::new(config.optimizer, &parameters.trained)?;
         if let Some(moments) = moments {
             optimizer.load_state(moments)?;
         }
@@ -123,17 +127,14 @@ impl<'a> Trainer<'a> {
         if let (Some(shadow), true) = (&mut shadow, state.step > 0) {
             shadow.load(average.unwrap_or_default())?;
         }
-        let text = toml::to_string_pretty(config).map_err(|e| Error::config("config.toml", e))?;
-        let path = output.join("config.toml");
-        files::write_whole(&path, text.as_bytes()).map_err(Error::io(&path))?;
-        let journal = Journal::open(output, state.step, config.train.tensorboard)?;
+        let journal = ranks.is_first().then(|| begin_folder(config, output, state.step)).transpose()?;
         let distilled = distillation.map(|wanted| (wanted.target, wanted.weight));
-        let losses = Losses::open(&config.loss, distilled, &Device::Cpu)?;
+        let losses = Losses::open(&config.loss, distilled, device)?;
         let window = Window::now(no_codes(&model.quantizer));
         let average = shadow;
         #[rustfmt::skip]
         let trainer = Self {
-            config, output, preprocessor, buckets, parameters, average, state, journal, network, blocks, teacher, losses,
+            ranks, config, output, preprocessor, buckets, parameters, average, state, journal, network, blocks, teacher, losses,
             gan, optimizer, window, skipped_photos: 0,
         };
         Ok(trainer)
@@ -177,13 +178,15 @@ impl<'a> Trainer<'a> {
         waited: Duration,
         tell: Observer,
     ) -> Result<Option<StepLog>> {
-        for photo in &batch.skipped {
-            let _ = tell(Event::Note(&format!("skipped {}", photo.reason)));
+        let skipped = self.ranks.lines(batch.skipped.iter().map(|photo| photo.reason.clone()).collect())?;
+        for reason in &skipped {
+            let _ = tell(Event::Note(&format!("skipped {reason}")));
         }
-        self.skipped_photos += batch.skipped.len();
+        self.skipped_photos += skipped.len();
         self.window.begin(waited);
         let train = &self.config.train;
-        let tensor = |values, (h, w)| Tensor::from_vec(values, (train.batch_size, 3, h, w), &Device::Cpu);
+        let size = train.batch_size / self.ranks.size();
+        let tensor = |values, (h, w)| Tensor::from_vec(values, (size, 3, h, w), self.ranks.device());
         let Batch { inputs, targets, sizes, .. } = batch;
         let pixels = tensor(inputs, sizes.input)?;
         let target = if targets.is_empty() { pixels.clone() } else { tensor(targets, sizes.target)? };
@@ -194,11 +197,8 @@ impl<'a> Trainer<'a> {
         for (pixels, target) in self.parts(&pixels)?.iter().zip(self.parts(&target)?) {
             self.part(step, pixels, &target, sizes, &mut sum)?;
         }
-        let parts = train.accumulate;
-        let loss = sum.loss / parts as f64;
-        sum.terms.values_mut().for_each(|term| *term /= parts as f64);
-        sum.gradients.divide(parts);
-        let norm = sum.gradients.norm();
+        sum.share(&*self.ranks, train.accumulate)?;
+        let (loss, norm) = (sum.loss, sum.gradients.norm()?);
         let taken = step - self.state.guard.skipped;
         self.state.step = step + 1;
         if let Err(reason) = self.state.guard.judge(loss, norm, train.guard) {
@@ -213,10 +213,12 @@ impl<'a> Trainer<'a> {
         if !(step + 1).is_multiple_of(train.log_every.max(1)) && step + 1 != train.steps {
             return Ok(None);
         }
-        let mut norms = sum.gradients.norms();
+        let mut norms = sum.gradients.norms()?;
         norms.extend(sum.discriminator_norm.map(|norm| ("discriminator".to_string(), norm)));
         let log = self.summary(step, norm, norms);
-        self.journal.append(&log)?;
+        if let Some(journal) = &mut self.journal {
+            journal.append(&log)?;
+        }
         self.window = Window::now(no_codes(&self.config.model.quantizer));
         Ok(Some(log))
     }
@@ -252,7 +254,8 @@ impl<'a> Trainer<'a> {
         })?;
         if let Some(gan) = &self.gan {
             let last_layer = || self.last_layer(&hidden, target, grid);
-            let first = sum.painted.len() * pixels.dim(0)?;
+            let parts_before = self.ranks.rank() * self.config.train.accumulate + sum.painted.len();
+            let first = parts_before * pixels.dim(0)?;
             if let Some(generator) = gan.generator_term(&painted, step, first, last_layer)? {
                 terms.total = (terms.total + generator.term)?;
                 *sum.terms.entry("generator").or_default() += generator.loss;
@@ -260,7 +263,7 @@ impl<'a> Trainer<'a> {
             }
             sum.painted.push(painted.detach());
         }
-        sum.gradients.add(Gradients::of(&self.parameters.trained, self.blocks.backward(&terms.total)?)?);
+        sum.gradients.add(Gradients::of(&self.parameters.trained, self.blocks.backward(&terms.total)?)?)?;
         let scalar = |tensor: &Tensor| Ok::<f64, Error>(f64::from(tensor.to_scalar::<f32>()?));
         sum.loss += scalar(&terms.total)?;
         for (name, term) in &terms.named {
@@ -279,12 +282,12 @@ impl<'a> Trainer<'a> {
         let frozen = || Error::Training(format!("gan.adaptive needs `{NAME}` to be trained"));
         let weight = self.parameters.trained.get(NAME).ok_or_else(frozen)?;
         let painted = self.network.decoder.head(&hidden.detach(), grid)?;
-        let no_quantizer = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        let no_quantizer = Tensor::zeros((), DType::F32, self.ranks.device())?;
         let terms = self.losses.of_pixels(&self.preprocessor, target, &painted, no_quantizer)?;
         Ok(LastLayer { weight, painted, reconstruction: terms.total })
     }
 
-    /// The discriminator's step, on the whole batch.
+    /// The discriminator's step, on all parts of the batch.
     fn discriminate(&mut self, step: usize, target: &Tensor, sum: &mut Sum) -> Result<()> {
         let Some(gan) = &mut self.gan else { return Ok(()) };
         let painted = Tensor::cat(&std::mem::take(&mut sum.painted), 0)?;
@@ -303,7 +306,8 @@ impl<'a> Trainer<'a> {
     fn move_averages(&mut self, step: usize, parts: &[Quantized]) -> Result<()> {
         if !self.parameters.averages.is_empty() {
             let mut choose = chooser(self.config.train.seed, "dead codes", step);
-            self.set(self.network.quantizer.update(&joined(parts)?, &mut choose)?)?;
+            let batch = share::Batch(&*self.ranks);
+            self.set(self.network.quantizer.update_shared(&joined(parts)?, &batch, &mut choose)?)?;
         }
         match &mut self.average {
             Some(average) => average.follow(&self.parameters.trained),
@@ -334,7 +338,8 @@ impl<'a> Trainer<'a> {
         let features = || {
             let parts = self.parts(pixels).map_err(|error| candle_core::Error::Msg(error.to_string()))?;
             let parts = parts.iter().map(|part| Ok(self.network.latents(part)?.detach()));
-            Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 0)
+            let own = Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
+            self.ranks.join(&own).map_err(candle_core::Error::wrap)
         };
         let mut choose = chooser(self.config.train.seed, "first codes", 0);
         self.set(self.network.quantizer.first(features, &mut choose)?)
@@ -369,13 +374,27 @@ impl<'a> Trainer<'a> {
         }
     }
 
+    /// Writes a checkpoint, once all ranks hold the same.
     pub(super) fn checkpoint(&self) -> Result<()> {
         let average = self.average.as_ref().map(|average| average.tensors(&self.parameters.trained)).transpose()?;
-        let (model, optimizer) = (self.parameters.tensors(), self.optimizer.state()?);
+        let (model, optimizer) = (self.parameters.tensors()?, self.optimizer.state()?);
         let gan = self.gan.as_ref().map(Gan::state).transpose()?;
+        let all = [Some(&model), Some(&optimizer), average.as_ref(), gan.as_ref()];
+        share::agree(&*self.ranks, all.into_iter().flatten())?;
+        if !self.ranks.is_first() {
+            return Ok(());
+        }
         let checkpoint = Checkpoint { state: self.state.clone(), model, optimizer, average, gan };
         checkpoint::write(self.output, &checkpoint, self.config.train.keep_checkpoints)
     }
+}
+
+/// Writes `config.toml` and opens the log.
+fn begin_folder(config: &Config, output: &Path, step: usize) -> Result<Journal> {
+    let text = toml::to_string_pretty(config).map_err(|e| Error::config("config.toml", e))?;
+    let path = output.join("config.toml");
+    files::write_whole(&path, text.as_bytes()).map_err(Error::io(&path))?;
+    Journal::open(output, step, config.train.tensorboard)
 }
 
 /// Without the graph that made it.

@@ -1,6 +1,6 @@
 //! What a run is worth so far: reconstructions of photos that it does not train on, and the model folder of the best.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
 use super::data::{Photos, Sizes, Views};
@@ -33,7 +33,7 @@ impl Trainer<'_> {
                     continue;
                 }
             };
-            let pixels = Tensor::from_vec(centre.normalize(&input), (1, 3, h, w), &Device::Cpu)?;
+            let pixels = Tensor::from_vec(centre.normalize(&input), (1, 3, h, w), self.ranks.device())?;
             let quantized = network.quantize(&pixels)?;
             let painted = network.paint(&quantized.tokens, network.grid(h, w)?, DType::F32)?;
             codes.add(&quantized.indices.flatten_all()?.to_vec1::<u32>()?);
@@ -50,7 +50,9 @@ impl Trainer<'_> {
             validation_usage: codes.usage(),
             validation_perplexity: codes.perplexity(),
         };
-        self.journal.append(&log)?;
+        if let Some(journal) = &mut self.journal {
+            journal.append(&log)?;
+        }
         let _ = tell(Event::Validation(&log, &shown));
         if self.state.best.is_none_or(|(best, _)| log.validation_psnr > best) {
             self.state.best = Some((log.validation_psnr, self.state.step));
@@ -63,12 +65,12 @@ impl Trainer<'_> {
     fn untracked(&self) -> Result<Network> {
         let all = self.written()?.into_iter().collect();
         let model = &self.config.model;
-        Ok(Network::load(VarBuilder::from_tensors(all, DType::F32, &Device::Cpu), &model.config())?)
+        Ok(Network::load(VarBuilder::from_tensors(all, DType::F32, self.ranks.device()), &model.config())?)
     }
 
     /// The model's tensors, with the average of the weights in their place if the run keeps one.
     fn written(&self) -> Result<Tensors> {
-        let mut tensors = self.parameters.tensors();
+        let mut tensors = self.parameters.tensors()?;
         if let Some(average) = &self.average {
             tensors.extend(average.tensors(&self.parameters.trained)?);
         }

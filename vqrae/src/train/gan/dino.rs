@@ -61,7 +61,7 @@ impl Backbone {
     ///
     /// # Errors
     /// If the file is missing or broken, or its tensors are not a ViT's.
-    pub fn read(path: &Path, config: &Config) -> error::Result<Self> {
+    pub fn read(path: &Path, config: &Config, device: &Device) -> error::Result<Self> {
         let tensors = weights::read_any(path)?;
         let wrong = |reason: &str| Error::weights(path, format!("{reason}; expected: the tensors of a DINO ViT"));
         let dims = |rank: usize| {
@@ -114,7 +114,7 @@ impl Backbone {
             }
         }
         let all = tensors.into_iter().collect();
-        let vb = VarBuilder::from_tensors(all, DType::F32, &Device::Cpu);
+        let vb = VarBuilder::from_tensors(all, DType::F32, device);
         let tower = Tower::load(&vb, vb.clone(), layout).map_err(|e| Error::weights(path, e))?;
         Ok(Self { tower, layout })
     }

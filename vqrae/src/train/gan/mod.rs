@@ -18,12 +18,14 @@ pub use loss::Loss;
 pub use nlayer::NLayer;
 
 use std::collections::{BTreeMap, HashMap};
+use std::rc::Rc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 
 use super::data;
 use super::optimizer::{self, AdamW, Gradients};
+use super::ranks::{Alone, Ranks};
 use super::schedule::Rate;
 use crate::error::{Error, Result};
 use crate::weights::{Fresh, Tensors};
@@ -112,6 +114,7 @@ pub struct DiscriminatorLog {
 /// The adversarial part of a run: discriminator, its optimizer, its moving averages.
 #[derive(Debug)]
 pub struct Gan {
+    ranks: Rc<dyn Ranks>,
     config: Config,
     settings: Settings,
     /// What is trained, by name.
@@ -132,16 +135,26 @@ const REAL: &str = "lecam.real";
 const FAKE: &str = "lecam.fake";
 
 impl Gan {
-    /// A fresh one, from the seed.
+    /// A fresh one, from the seed, on the CPU.
     ///
     /// # Errors
     /// Of a DINO's weights that cannot be read.
     pub fn new(config: &Config, settings: Settings) -> Result<Self> {
+        Self::among(Rc::new(Alone(Device::Cpu)), config, settings)
+    }
+
+    /// A fresh one, from the seed, of ranks that each see their share of a step's batch: every one of them learns what one
+    /// of the whole batch would.
+    ///
+    /// # Errors
+    /// As [`Gan::new`]'s.
+    pub fn among(ranks: Rc<dyn Ranks>, config: &Config, settings: Settings) -> Result<Self> {
+        let device = ranks.device().clone();
         let backbone = match config.discriminator {
             Kind::NLayer => None,
             Kind::Dino => {
                 let path = dino::weights_of(config.weights.as_ref()).map_err(Error::Training)?;
-                Some(dino::Backbone::read(path, &config.dino)?)
+                Some(dino::Backbone::read(path, &config.dino, &device)?)
             }
         };
         let fresh = Fresh::new(settings.seed, Tensors::new());
@@ -153,18 +166,20 @@ impl Gan {
         let (mut parameters, mut averages) = (BTreeMap::new(), BTreeMap::new());
         for (name, tensor) in tensors {
             let is_average = dino::is_vector(&name) || name == REAL || name == FAKE;
-            (if is_average { &mut averages } else { &mut parameters }).insert(name, Var::from_tensor(&tensor)?);
+            (if is_average { &mut averages } else { &mut parameters })
+                .insert(name, Var::from_tensor(&tensor.to_device(&device)?)?);
         }
         let load = |of: fn(&Var) -> Tensor| {
             let trained = parameters.iter().map(|(name, var)| (name.clone(), of(var)));
             let others = averages.iter().map(|(name, var): (&String, &Var)| (name.clone(), var.as_detached_tensor()));
             let all: HashMap<String, Tensor> = trained.chain(others).collect();
-            let vb = VarBuilder::from_tensors(all, DType::F32, &Device::Cpu);
+            let vb = VarBuilder::from_tensors(all, DType::F32, &device);
             Discriminator::load(vb.pp("discriminator"), config, backbone.as_ref())
         };
         let (learning, judging) = (load(|var| var.as_tensor().clone())?, load(Var::as_detached_tensor)?);
-        let optimizer = AdamW::new(settings.optimizer, &parameters);
-        Ok(Self { config: config.clone(), settings, parameters, averages, learning, judging, optimizer, taken: 0 })
+        let optimizer = AdamW::new(settings.optimizer, &parameters)?;
+        let config = config.clone();
+        Ok(Self { ranks, config, settings, parameters, averages, learning, judging, optimizer, taken: 0 })
     }
 
     /// How many numbers the discriminator learns, and to how many of them weight decay applies.
@@ -179,8 +194,9 @@ impl Gan {
 
     /// What the model is to minimise besides its other losses at `step`; nothing before `generator_start`.
     ///
-    /// Where the weight is adaptive, `last_layer` is asked for. `first` images of the step's batch stand before these, where
-    /// gradients are accumulated over parts of it; an adaptive weight is each part's own.
+    /// Where the weight is adaptive, `last_layer` is asked for. `first` images of the step's batch stand before these: other
+    /// ranks', and earlier parts where gradients are accumulated. An adaptive weight is each part's own, and one for the part
+    /// of all ranks.
     ///
     /// # Shapes
     /// - painted: `[B, 3, H, W]`, normalised
@@ -203,7 +219,9 @@ impl Gan {
         if self.config.adaptive {
             let LastLayer { weight: last, painted, reconstruction } = last_layer()?;
             let at = |loss: &Tensor| {
-                loss.backward()?.remove(last.as_tensor()).ok_or_else(|| no_gradient("the decoder's last layer"))
+                let gradient = loss.backward()?.remove(last.as_tensor());
+                let gradient = gradient.ok_or_else(|| no_gradient("the decoder's last layer"))?;
+                Ok::<_, Error>((self.ranks.sum(&gradient)? * (1.0 / self.ranks.size() as f64))?)
             };
             weight *= loss::adaptive_weight(&at(&reconstruction)?, &at(&(painted * &gradient)?.sum_all()?)?)?;
         }
@@ -213,7 +231,7 @@ impl Gan {
         Ok(Some(GeneratorTerm { term, loss: scalar(&loss)?, weight }))
     }
 
-    /// Trains the discriminator on a batch; nothing before `discriminator_start`.
+    /// Trains the discriminator on a batch, or on this rank's share of one; nothing before `discriminator_start`.
     ///
     /// # Shapes
     /// - real, fake: `[B, 3, H, W]`, normalised; neither gets a gradient
@@ -233,8 +251,9 @@ impl Gan {
         if self.config.discriminator == Kind::Dino {
             fake = in_8_bits(&fake)?;
         }
-        let fake = self.augmented(&fake, "augment fake", step, 0)?;
-        let real = self.augmented(&self.signed(&real.detach())?, "augment real", step, 0)?;
+        let first = self.ranks.rank() * real.dim(0)?;
+        let fake = self.augmented(&fake, "augment fake", step, first)?;
+        let real = self.augmented(&self.signed(&real.detach())?, "augment real", step, first)?;
         // Each pass follows the spectral norms by one iteration, the painted images first, as RAE's do.
         let logits = |images: &Tensor| {
             dino::iterate(&self.parameters, &self.averages)?;
@@ -242,17 +261,19 @@ impl Gan {
         };
         let (fake, real) = (logits(&fake)?, logits(&real)?);
         let loss = self.config.loss.discriminator(&real, &fake)?;
-        let lecam = self.lecam(&real.mean_all()?, &fake.mean_all()?)?;
-        let total = (&loss + &lecam)?;
-        let gradients = Gradients::of(&self.parameters, total.backward()?)?;
+        let (real, fake) = (self.mean_of_all(&real)?, self.mean_of_all(&fake)?);
+        let lecam = self.lecam(&real, &fake)?;
+        let mut gradients = Gradients::of(&self.parameters, (&loss + &lecam)?.backward()?)?;
+        gradients.sum(&*self.ranks)?;
+        gradients.divide(self.ranks.size())?;
         let log = DiscriminatorLog {
-            loss: scalar(&loss)?,
+            loss: scalar(&self.mean_of_all(&loss)?)?,
             lecam: scalar(&lecam)?,
-            logits_real: scalar(&real.mean_all()?)?,
-            logits_fake: scalar(&fake.mean_all()?)?,
-            gradient_norm: gradients.norm(),
+            logits_real: scalar(&real)?,
+            logits_fake: scalar(&fake)?,
+            gradient_norm: gradients.norm()?,
         };
-        if !(log.gradient_norm.is_finite() && scalar(&total)?.is_finite()) {
+        if !(log.gradient_norm.is_finite() && (log.loss + log.lecam).is_finite()) {
             return Err(Error::Training(format!(
                 "step {}: the discriminator's loss is {} and its gradients' norm {}; the last checkpoint is good, go on from \
                  it with a lower groups.discriminator",
@@ -272,6 +293,19 @@ impl Gan {
         let Settings { rate, warmup_steps, steps, .. } = self.settings;
         let start = self.config.discriminator_start;
         step.checked_sub(start).map_or(0.0, |step| rate.at(step, warmup_steps, steps.saturating_sub(start)))
+    }
+
+    /// The mean of a tensor's values over all ranks, a scalar, with the gradient of this rank's: the mean of that over the
+    /// ranks is the whole's.
+    fn mean_of_all(&self, values: &Tensor) -> Result<Tensor> {
+        let own = values.mean_all()?;
+        if self.ranks.size() == 1 {
+            return Ok(own);
+        }
+        let mut mean = [scalar(&own)?];
+        self.ranks.add(&mut mean)?;
+        let mean = Tensor::new((mean[0] / self.ranks.size() as f64) as f32, own.device())?;
+        Ok((mean + (&own - own.detach())?)?)
     }
 
     /// LeCam's term, weighted; moves its averages.
@@ -307,14 +341,14 @@ impl Gan {
         Ok(config.apply(images, &Draws::new(&config, first..first + images.dim(0)?, &mut random))?)
     }
 
-    /// All that a resumed run needs: weights and averages as `discriminator.…` and `lecam.…`, moments as `first.…` and
-    /// `second.…`.
+    /// All that a resumed run needs, on the CPU: weights and averages as `discriminator.…` and `lecam.…`, moments as
+    /// `first.…` and `second.…`.
     pub fn state(&self) -> Result<Tensors> {
         let mut state = self.optimizer.state()?;
         state.insert(TAKEN.to_string(), Tensor::new(self.taken as i64, &Device::Cpu)?);
         let all = self.parameters.iter().chain(&self.averages);
         for (name, var) in all {
-            state.insert(name.clone(), var.as_detached_tensor().copy()?);
+            state.insert(name.clone(), var.as_detached_tensor().copy()?.to_device(&Device::Cpu)?);
         }
         Ok(state)
     }
@@ -332,7 +366,7 @@ impl Gan {
             if tensor.shape() != var.shape() {
                 return Err(wrong(format!("`{name}` has shape {:?}, expected: {:?}", tensor.dims(), var.dims())));
             }
-            var.set(&tensor.to_dtype(DType::F32)?)?;
+            var.set(&tensor.to_dtype(DType::F32)?.to_device(self.ranks.device())?)?;
         }
         let taken = state.remove(TAKEN).ok_or_else(|| wrong(format!("`{TAKEN}` is missing")))?;
         self.taken = taken.to_scalar::<i64>()? as usize;
