@@ -18,4 +18,5 @@ mod parity;
 mod perceptual;
 mod quantizers;
 mod simvq;
+mod steps;
 mod vq;
