@@ -19,4 +19,5 @@ mod perceptual;
 mod quantizers;
 mod simvq;
 mod steps;
+mod usage;
 mod vq;
