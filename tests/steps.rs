@@ -160,7 +160,7 @@ fn settings_that_are_a_little_wrong_show_within_ten_steps() {
         "train.warmup_steps=2",
         "train.seed=13",
         "groups.decoder.end=1.1e-3",
-        "groups.quantizer.warmup_steps=1",
+        "groups.quantizer.warmup_steps=2",
         "loss.quantizer=0.71",
     ] {
         let bench = tempfile::tempdir().unwrap();
