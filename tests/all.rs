@@ -19,4 +19,6 @@ mod perceptual;
 mod quantizers;
 mod ranks;
 mod simvq;
+mod steps;
+mod usage;
 mod vq;

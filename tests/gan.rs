@@ -46,7 +46,7 @@ fn weight(name: &str, shape: &[usize], seed: u32) -> Tensor {
 }
 
 /// The tensors that names.json lists for a module.
-fn filled(module: &str) -> Tensors {
+pub(crate) fn filled(module: &str) -> Tensors {
     let text = std::fs::read_to_string(fixture("gan/names.json")).unwrap();
     // As text, since the order is that of the seeds, which a map would lose.
     let at = text.find(&format!("\"{module}\":")).unwrap();

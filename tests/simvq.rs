@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use candle_core::Var;
 use candle_nn::VarBuilder;
 use vqrae::quantizer::{Config, Quantizer};
+use vqrae::weights::{Fresh, Tensors};
 use vqrae::{DType, Device, Tensor};
 
 use crate::compare::{PARITY, assert_close, assert_same_bits, fixture, noise, say, tensors_of};
@@ -136,6 +137,47 @@ fn one_step_moves_codes_that_nobody_chose() {
     // dW = −2·3·1, so W = 2.6: code 0 goes from 2 to 2.6, and code 1, chosen by nobody, from 20 to 26.
     let after = trained.quantizer.codebook().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert_eq!((before, after), (vec![2., 20.], vec![2.6, 26.]));
+}
+
+/// Mean `[e]` and covariance `[e, e]` of rows `[M, e]`, one after the other.
+fn moments(rows: &Tensor) -> Vec<f32> {
+    let mean = rows.mean_keepdim(0).unwrap();
+    let centred = rows.broadcast_sub(&mean).unwrap();
+    let covariance = (centred.t().unwrap().matmul(&centred).unwrap() / rows.dim(0).unwrap() as f64).unwrap();
+    [mean, covariance].iter().flat_map(|x| x.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect()
+}
+
+#[test]
+fn codes_that_start_from_features_have_their_mean_and_covariance_whatever_the_codebook_was() {
+    let mixture = Tensor::new(&[[3f32, 0., 0.], [2., 0.5, 0.], [-1., 0.2, 0.1]], &Device::Cpu).unwrap();
+    let offset = Tensor::new(&[5f32, -2., 1.], &Device::Cpu).unwrap();
+    let features = noise("features", &[2000, 3]).matmul(&mixture.t().unwrap()).unwrap();
+    let features = features.broadcast_add(&offset).unwrap().unsqueeze(0).unwrap();
+    let of = |std: f64, bias: bool| {
+        let config = format!(
+            r#"{{"type":"simvq","codebook_size":8192,"codebook_dim":3,"transform_init":"data","transform_bias":{bias},
+                "codebook_std":{std}}}"#
+        );
+        let config: Config = serde_json::from_str(&config).unwrap();
+        let mut weights = Fresh::new(1, Tensors::new()).make(|vb| Quantizer::load(vb, &config, 3, 3)).unwrap();
+        weights.insert("linear_in.weight".to_string(), Tensor::eye(3, DType::F32, &Device::Cpu).unwrap());
+        let trained = Trained::new(&config, &weights.into_iter().collect());
+        let first = || trained.quantizer.first(|| Ok(features.clone()), &mut |_, _| Vec::new()).unwrap();
+        for (name, tensor) in first() {
+            trained.variables[&name].set(&tensor).unwrap();
+        }
+        assert!(first().is_empty(), "a second time");
+        trained.quantizer.codebook().unwrap()
+    };
+    let expected = moments(&features.squeeze(0).unwrap());
+    let codes = of(0.01, true);
+    let got = moments(&codes);
+    assert!(got.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 0.2), "{got:?}, expected: {expected:?}");
+    assert_close("codes 10,000 times as long", &of(100.0, true), &codes, PARITY);
+    // Without a bias they lie about zero, as far from it as the features.
+    let got = moments(&of(1.0, false));
+    let square = |i: usize| expected[3 + 4 * i] + expected[i].powi(2);
+    assert!((0..3).all(|i| got[i].abs() < 0.2 && (got[3 + 4 * i] / square(i) - 1.0).abs() < 0.05), "{got:?}");
 }
 
 #[test]

@@ -42,8 +42,8 @@ pub trait Settings {
         false
     }
 
-    /// Whether a tensor, by its name below the quantizer's, is a moving average, which [`Bottleneck::update`] moves and no
-    /// gradient.
+    /// Whether a tensor, by its name below the quantizer's, is moved by no gradient, but as a moving average by
+    /// [`Bottleneck::update`], or once by [`Bottleneck::first`].
     fn is_average(&self, _name: &str) -> bool {
         false
     }

@@ -8,16 +8,20 @@
 //! loss = mean‖sg(h) − Ĉ_i‖² + β mean‖h − sg(Ĉ_i)‖²
 //! z' = (h + sg(Ĉ_i − h)) Bᵀ + b     straight-through, e → D'    linear_out
 //! ```
+//!
+//! A gradient moves W along the codes that were chosen. Where all of them are far too short or too long a few are chosen
+//! always, and it never reaches the others (StableVQ, arXiv 2609.26774): [`TransformInit::Data`] starts W from features.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
 use super::bottleneck::{Bottleneck, Settings, check_cost, check_scale};
 use super::entropy::EntropyConfig;
+use super::kmeans::Choose;
 use super::table::{Choices, Metric, Table, Transform};
 use super::{Gradient, Norm, Quantized, is_default};
-use crate::weights;
+use crate::weights::{self, Tensors};
 
 /// The sizes and choices of a SimVQ.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,7 +41,7 @@ pub struct SimVqConfig {
     pub transform_init: TransformInit,
     /// Whether the codebook C is trained together with W: the paper freezes it, SimVQ's authors say that both work.
     pub train_codebook: bool,
-    /// Standard deviation of a fresh codebook; `null` is e^(−1/2), SimVQ's.
+    /// Standard deviation of a fresh codebook; `null` is e^(−1/2), SimVQ's, and what `transform_init` = `data` brings any to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub codebook_std: Option<f64>,
     /// Entropies that keep codes in use.
@@ -60,6 +64,9 @@ pub enum TransformInit {
     Torch,
     /// The identity: the codes start as the frozen codebook itself.
     Identity,
+    /// From the features of the first training step: the codes have their covariance, with `transform_bias` about their
+    /// mean and without it about zero. Zeros before it.
+    Data,
 }
 
 impl Default for SimVqConfig {
@@ -107,7 +114,11 @@ impl Settings for SimVqConfig {
     }
 
     fn is_frozen(&self, name: &str) -> bool {
-        name == "codebook" && !self.train_codebook
+        name == CODEBOOK && !self.train_codebook && self.transform_init != TransformInit::Data
+    }
+
+    fn is_average(&self, name: &str) -> bool {
+        name == CODEBOOK && !self.train_codebook && self.transform_init == TransformInit::Data
     }
 
     fn load(&self, vb: VarBuilder) -> Result<Box<dyn Bottleneck>> {
@@ -115,9 +126,17 @@ impl Settings for SimVqConfig {
     }
 }
 
+const CODEBOOK: &str = "codebook";
+const WEIGHT: &str = "transform.weight";
+const BIAS: &str = "transform.bias";
+
 /// A SimVQ with its weights.
 #[derive(Debug, Clone)]
-pub(super) struct SimVq(Table);
+pub(super) struct SimVq {
+    table: Table,
+    transform: Transform,
+    init: TransformInit,
+}
 
 impl SimVq {
     /// Loads `codebook`, detached from whatever the VarBuilder gives unless the config trains it, and `transform`.
@@ -126,38 +145,106 @@ impl SimVq {
         let bound = (e as f64).sqrt().recip();
         let uniform = Init::Uniform { lo: -bound, up: bound };
         let stdev = config.codebook_std.unwrap_or(bound);
-        let codebook = vb.get_with_hints((k, e), "codebook", Init::Randn { mean: 0.0, stdev })?;
+        let codebook = vb.get_with_hints((k, e), CODEBOOK, Init::Randn { mean: 0.0, stdev })?;
         // What is frozen is prepared once, whatever the VarBuilder gives.
         let codebook = if config.train_codebook { codebook } else { codebook.detach() };
         let init = match config.transform_init {
             TransformInit::Torch => uniform,
             TransformInit::Identity => weights::IDENTITY,
+            TransformInit::Data => candle_nn::init::ZERO,
         };
-        let weight = vb.get_with_hints((e, e), "transform.weight", init)?;
-        let bias = || vb.get_with_hints(e, "transform.bias", uniform);
-        let bias = config.transform_bias.then(bias).transpose()?;
-        Ok(Self(Table::new(codebook, Some(Transform { weight, bias }), config.choices())))
+        let weight = vb.get_with_hints((e, e), WEIGHT, init)?;
+        let bias = || vb.get_with_hints(e, BIAS, uniform);
+        let transform = Transform { weight, bias: config.transform_bias.then(bias).transpose()? };
+        let table = Table::new(codebook, Some(transform.clone()), config.choices());
+        Ok(Self { table, transform, init: config.transform_init })
     }
 }
 
 impl Bottleneck for SimVq {
     fn quantize(&self, h: &Tensor, _: Option<u64>) -> Result<Quantized> {
-        Ok(self.0.choose(h)?.into())
+        Ok(self.table.choose(h)?.into())
     }
 
     fn lookup(&self, indices: &Tensor) -> Result<Tensor> {
-        self.0.lookup(indices, false)
+        self.table.lookup(indices, false)
     }
 
     fn loss(&self, quantized: &Quantized) -> Result<Tensor> {
-        self.0.loss(&quantized.projected, &quantized.indices, &quantized.codes)
+        self.table.loss(&quantized.projected, &quantized.indices, &quantized.codes)
     }
 
     fn codebook(&self) -> Result<Tensor> {
-        self.0.codes()
+        self.table.codes()
     }
 
     fn table(&self) -> Option<&Table> {
-        Some(&self.0)
+        Some(&self.table)
+    }
+
+    /// Whether `transform_init` takes W from features and it is still all zeros.
+    fn waits(&self) -> Result<bool> {
+        let is_zero =
+            || Ok::<_, candle_core::Error>(self.transform.weight.abs()?.max_all()?.to_scalar::<f32>()? == 0.0);
+        Ok(self.init == TransformInit::Data && is_zero()?)
+    }
+
+    /// C at SimVQ's own spread, so that its rate fits W whatever C was, and W and w that make codes like `h` of it.
+    fn first(&self, h: &Tensor, _: Choose) -> Result<Tensors> {
+        const SMALLEST: f64 = 1e-30;
+        let points = self.table.metric().met(h)?.flatten_to(1)?; // [M,e]
+        let (m, e) = points.dims2()?;
+        let centre = match self.transform.bias {
+            Some(_) => points.mean_keepdim(0)?,
+            None => points.narrow(0, 0, 1)?.zeros_like()?,
+        };
+        let points = points.broadcast_sub(&centre)?;
+        let covariance = (points.t()?.matmul(&points)? / m as f64)?.to_dtype(DType::F64)?;
+        let root = Tensor::from_vec(cholesky(covariance.flatten_all()?.to_vec1()?, e), (e, e), h.device())?;
+        let codebook = self.table.codebook.detach();
+        let spread = f64::from(codebook.sqr()?.mean_all()?.to_scalar::<f32>()?).sqrt();
+        let usual = (e as f64).sqrt().recip();
+        let mut made = Tensors::from([
+            (CODEBOOK.to_string(), (codebook * (usual / spread.max(SMALLEST)))?),
+            (WEIGHT.to_string(), (root / usual)?.to_dtype(DType::F32)?),
+        ]);
+        if self.transform.bias.is_some() {
+            made.insert(BIAS.to_string(), centre.squeeze(0)?);
+        }
+        Ok(made)
+    }
+}
+
+/// The lower triangle L with `L Lᵀ = A`, row by row, for a covariance A `[n, n]`. What a few features leave undetermined
+/// gets a hundredth of the usual spread.
+fn cholesky(mut a: Vec<f64>, n: usize) -> Vec<f64> {
+    const LEAST: f64 = 1e-4;
+    let least = LEAST * (0..n).map(|i| a[i * n + i]).sum::<f64>() / n as f64;
+    for i in 0..n {
+        let (above, row) = a.split_at_mut(i * n);
+        for j in 0..i {
+            let other = &above[j * n..];
+            let dot: f64 = row[..j].iter().zip(other).map(|(x, y)| x * y).sum();
+            row[j] = (row[j] - dot) / other[j];
+        }
+        let square: f64 = row[..i].iter().map(|x| x * x).sum();
+        row[i] = (row[i] + least - square).max(least).max(f64::MIN_POSITIVE).sqrt();
+        row[i + 1..n].fill(0.0);
+    }
+    a
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_root_by_hand_and_one_of_what_has_no_full_rank() {
+        // [[4, 2], [2, 5]] = L Lᵀ with L = [[2, 0], [1, 2]], but for the least that is added.
+        let root = cholesky(vec![4., 2., 2., 5.], 2);
+        assert!(root.iter().zip([2., 0., 1., 2.]).all(|(x, y)| (x - y).abs() < 1e-3), "{root:?}");
+        let root = cholesky(vec![1., 1., 1., 1.], 2);
+        assert!((root[2] - 1.0).abs() < 1e-3 && (0.005..0.03).contains(&root[3]), "{root:?}");
+        assert!(cholesky(vec![0.; 4], 2).iter().all(|x| x.is_finite()));
     }
 }

@@ -333,8 +333,8 @@ impl<'a> Trainer<'a> {
         )))
     }
 
-    /// Lets a codebook that starts from features do so.
-    fn begin(&self, pixels: &Tensor) -> Result<()> {
+    /// Lets a codebook that starts from features do so; the average of the weights follows from there.
+    fn begin(&mut self, pixels: &Tensor) -> Result<()> {
         let features = || {
             let parts = self.parts(pixels).map_err(|error| candle_core::Error::Msg(error.to_string()))?;
             let parts = parts.iter().map(|part| Ok(self.network.latents(part)?.detach()));
@@ -342,7 +342,11 @@ impl<'a> Trainer<'a> {
             self.ranks.join(&own).map_err(candle_core::Error::wrap)
         };
         let mut choose = chooser(self.config.train.seed, "first codes", 0);
-        self.set(self.network.quantizer.first(features, &mut choose)?)
+        self.set(self.network.quantizer.first(features, &mut choose)?)?;
+        if let Some(average) = &mut self.average {
+            *average = WeightAverage::new(self.config.train.ema_decay, &self.parameters.trained)?;
+        }
+        Ok(())
     }
 
     /// Sets tensors of the quantizer that training changes without a gradient.
