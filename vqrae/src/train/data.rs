@@ -170,6 +170,8 @@ pub struct Batch {
     pub inputs: Vec<f32>,
     /// For the decoder to paint, `[B, 3, H', W']`; empty where its size is the encoder's, for these are then the inputs.
     pub targets: Vec<f32>,
+    /// Which photos they are of, by their places in the list.
+    pub photos: Vec<usize>,
     /// Photos that could not be used.
     pub skipped: Vec<Skipped>,
 }
@@ -183,9 +185,11 @@ impl<'a> Crops<'a> {
     /// The crops of these sizes at positions `first .. first + count`. A photo that cannot be used is replaced by the next of
     /// the order, and told.
     pub fn batch(&mut self, first: usize, count: usize, sizes: Sizes) -> Result<Batch> {
-        let mut batch = Batch { sizes, inputs: Vec::new(), targets: Vec::new(), skipped: Vec::new() };
+        let (inputs, targets, photos, skipped) = Default::default();
+        let mut batch = Batch { sizes, inputs, targets, photos, skipped };
         for position in first..first + count {
-            let Views { input, target } = self.usable(position, sizes, &mut batch.skipped)?;
+            let (photo, Views { input, target }) = self.usable(position, sizes, &mut batch.skipped)?;
+            batch.photos.push(photo);
             batch.inputs.extend(self.preprocessor.normalize(&input));
             if sizes.input != sizes.target {
                 batch.targets.extend(self.preprocessor.normalize(&target));
@@ -194,12 +198,12 @@ impl<'a> Crops<'a> {
         Ok(batch)
     }
 
-    fn usable(&mut self, position: usize, sizes: Sizes, skipped: &mut Vec<Skipped>) -> Result<Views> {
+    fn usable(&mut self, position: usize, sizes: Sizes, skipped: &mut Vec<Skipped>) -> Result<(usize, Views)> {
         for attempt in 0..self.photos.len() {
             let photo = self.order.at(position + attempt, self.photos.len());
             let mut random = generator(self.order.seed, "crop", position);
             match self.photos.open(photo).and_then(|image| self.crop(photo, &image, sizes, &mut random)) {
-                Ok(views) => return Ok(views),
+                Ok(views) => return Ok((photo, views)),
                 Err(error) => skipped.push(Skipped { reason: error.to_string() }),
             }
         }
