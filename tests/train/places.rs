@@ -3,6 +3,9 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use vqrae::image::{Preprocessor, Resample};
+use vqrae::train::data::{Crops, Photos, Sizes};
+
 use super::{BINARY, Bench, fails_with, stderr, succeeds};
 
 /// A run on these places.
@@ -57,6 +60,25 @@ fn a_photo_that_a_list_has_and_the_disk_has_not_is_skipped_and_counted() {
     assert!(stderr(&output).contains("gone.png"), "{}", stderr(&output));
     let log = bench.log("run");
     assert!(log.last().and_then(|line| line["skipped_photos"].as_u64()) >= Some(2), "{log:?}");
+}
+
+#[test]
+fn a_batch_says_which_photos_its_crops_are_of() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for i in 0..5u8 {
+        let photo = image::RgbImage::from_pixel(20, 24, image::Rgb([40 * i; 3]));
+        photo.save(folder.path().join(format!("{i}.png"))).expect("a photo");
+    }
+    std::fs::write(folder.path().join("3.png"), "no photo").expect("a file");
+    let photos = Photos::list(&[folder.path().to_path_buf()]).expect("photos");
+    let preprocessor = Preprocessor::siglip(16, Resample::Bicubic);
+    let sizes = Sizes { input: (16, 16), target: (16, 16) };
+    let batch = Crops::new(&photos, &preprocessor, None, 7).batch(0, 10, sizes).expect("a batch");
+    assert_eq!((batch.photos.len(), batch.skipped.len()), (10, 2), "two epochs, a photo of which cannot be used");
+    for (crop, &photo) in batch.inputs.chunks(3 * 16 * 16).zip(&batch.photos) {
+        assert!(photos.path(photo).ends_with(format!("{photo}.png")));
+        assert!(((crop[0] + 1.0) * 127.5 - 40.0 * photo as f32).abs() < 1e-3, "photo {photo}: {}", crop[0]);
+    }
 }
 
 #[test]

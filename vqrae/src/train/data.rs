@@ -171,8 +171,18 @@ pub struct Batch {
     pub inputs: Vec<f32>,
     /// For the decoder to paint, `[B, 3, H', W']`; empty where its size is the encoder's, for these are then the inputs.
     pub targets: Vec<f32>,
+    /// Which photos they are of, by their places in the list.
+    pub photos: Vec<usize>,
     /// Photos that could not be used.
     pub skipped: Vec<Skipped>,
+}
+
+/// One crop, and which photo it is of.
+struct Normalized {
+    photo: usize,
+    input: Vec<f32>,
+    /// Empty where it is the input.
+    target: Vec<f32>,
 }
 
 impl<'a> Crops<'a> {
@@ -184,44 +194,45 @@ impl<'a> Crops<'a> {
     /// The crops of these sizes at positions `first .. first + count`. A photo that cannot be used is replaced by the next of
     /// the order, and told.
     pub fn batch(&mut self, first: usize, count: usize, sizes: Sizes) -> Result<Batch> {
-        let mut batch = Batch { sizes, inputs: Vec::new(), targets: Vec::new(), skipped: Vec::new() };
+        let (inputs, targets, skipped) = Default::default();
+        let mut batch = Batch { sizes, inputs, targets, photos: Vec::with_capacity(count), skipped };
         let photos: Vec<_> = (first..first + count).map(|at| (at, self.order.at(at, self.photos.len()))).collect();
         // Decoded and normalised on all threads; what cannot be used is replaced afterwards, in order.
         let attempts: Vec<_> = photos.into_par_iter().map(|(at, photo)| self.prepare(at, photo, sizes)).collect();
         for (position, attempt) in (first..).zip(attempts) {
-            let (input, target) = match attempt {
-                Ok(pixels) => pixels,
+            let crop = match attempt {
+                Ok(crop) => crop,
                 Err(error) => {
                     batch.skipped.push(Skipped { reason: error.to_string() });
                     self.replace(position, sizes, &mut batch.skipped)?
                 }
             };
-            batch.inputs.extend(input);
-            batch.targets.extend(target);
+            batch.photos.push(crop.photo);
+            batch.inputs.extend(crop.input);
+            batch.targets.extend(crop.target);
         }
         Ok(batch)
     }
 
     /// The next photo of the order that can be used, after the one at `position`, which could not.
-    fn replace(&mut self, position: usize, sizes: Sizes, skipped: &mut Vec<Skipped>) -> Result<(Vec<f32>, Vec<f32>)> {
+    fn replace(&mut self, position: usize, sizes: Sizes, skipped: &mut Vec<Skipped>) -> Result<Normalized> {
         for attempt in 1..self.photos.len() {
             let photo = self.order.at(position + attempt, self.photos.len());
             match self.prepare(position, photo, sizes) {
-                Ok(pixels) => return Ok(pixels),
+                Ok(crop) => return Ok(crop),
                 Err(error) => skipped.push(Skipped { reason: error.to_string() }),
             }
         }
         Err(Error::Training(format!("not one photo of {} can be used", self.photos.asked())))
     }
 
-    /// The crop of a photo that the position draws, normalised: for the encoder, and, where its size is another one, for the
-    /// decoder.
-    fn prepare(&self, position: usize, photo: usize, sizes: Sizes) -> Result<(Vec<f32>, Vec<f32>)> {
+    /// The crop of a photo that the position draws.
+    fn prepare(&self, position: usize, photo: usize, sizes: Sizes) -> Result<Normalized> {
         let mut random = generator(self.order.seed, "crop", position);
         let Views { input, target } = self.crop(photo, &self.photos.open(photo)?, sizes, &mut random)?;
         let normalized = |image: &Rgb| self.preprocessor.normalize(image);
         let target = if sizes.input == sizes.target { Vec::new() } else { normalized(&target) };
-        Ok((normalized(&input), target))
+        Ok(Normalized { photo, input: normalized(&input), target })
     }
 
     /// A random window, mirrored half of the time.

@@ -134,7 +134,7 @@ impl Photos {
     }
 
     /// A photo's path, that of a tar's member below the tar's.
-    fn path(&self, index: usize) -> PathBuf {
+    pub fn path(&self, index: usize) -> PathBuf {
         match &self.entries[index] {
             Entry::File(path) => path.clone(),
             Entry::Member { tar, name, .. } => self.tars[*tar].0.join(name),
