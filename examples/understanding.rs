@@ -35,14 +35,14 @@ impl<T> Learner<T> {
         let tracked = parameters.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
         let layers = load(VarBuilder::from_tensors(tracked, DType::F32, &Device::Cpu))?;
         let config = optimizer::Config { weight_decay: 0.05, ..optimizer::Config::default() };
-        let optimizer = AdamW::new(config, &parameters);
+        let optimizer = AdamW::new(config, &parameters)?;
         Ok(Self { layers, parameters, optimizer, rate: Rate { peak, ..Rate::FROZEN }, steps })
     }
 
     /// A step down the cross-entropy of these logits.
     pub fn step(&mut self, step: usize, logits: &Tensor, labels: &Tensor) -> anyhow::Result<f32> {
         let loss = loss::cross_entropy(logits, labels)?;
-        let gradients = Gradients::of(&self.parameters, &loss.backward()?)?;
+        let gradients = Gradients::of(&self.parameters, loss.backward()?)?;
         let rate = self.rate.at(step, self.steps / 20, self.steps);
         self.optimizer.step(&self.parameters, &gradients, step, |_| rate)?;
         Ok(loss.to_scalar()?)
