@@ -219,7 +219,8 @@ impl Sizes {
         put(tensors, "decoder.head.weight", head)?;
         encoder.write(tensors)?;
         decoder.write(tensors)?;
-        let batches = source.crops(FITTED)?;
+        let tokens = decoder.grid.0 * decoder.grid.1;
+        let batches = source.crops(FITTED.min(FITTED_TOKENS / tokens.max(1)).max(1))?;
         let (weight, bias) = basis.embedding(painted);
         let weight = Tensor::from_vec(weight, (painted, self.pixels()), &Device::Cpu)?;
         let bias = Tensor::new(bias, &Device::Cpu)?;
@@ -228,8 +229,9 @@ impl Sizes {
     }
 }
 
-/// Crops that the neighbours' part is fitted to.
+/// Crops that the neighbours' part is fitted to; of large ones fewer, since all stand in memory.
 const FITTED: usize = 2000;
+const FITTED_TOKENS: usize = 512_000;
 
 fn diagonal(rows: usize, columns: usize, value: impl Fn(usize) -> f64) -> Vec<f32> {
     let mut matrix = vec![0f32; rows * columns];
