@@ -9,7 +9,7 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
-use crate::ops::{self, Linear, Norm, Precision};
+use crate::ops::{self, GeluForm, Linear, Norm, Precision};
 
 /// The sizes of a stack of transformer blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -124,14 +124,14 @@ impl Mlp {
 
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let hidden = self.fc1.forward(x)?;
-        self.fc2.forward(&match self.activation {
-            Activation::GeluTanh => ops::gelu(&hidden)?,
-            Activation::Gelu => ops::gelu_erf(&hidden)?,
+        match self.activation {
+            Activation::GeluTanh => self.fc2.after_gelu(GeluForm::Tanh, &hidden),
+            Activation::Gelu => self.fc2.after_gelu(GeluForm::Erf, &hidden),
             Activation::SwiGlu => {
                 let halves = hidden.chunk(2, candle_core::D::Minus1)?;
-                (halves[0].silu()? * &halves[1])?
+                self.fc2.forward(&(halves[0].silu()? * &halves[1])?)
             }
-        })
+        }
     }
 }
 

@@ -19,14 +19,26 @@ pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
     if super::fused(x) { x.contiguous()?.apply_op1(Gelu { form: Form::Erf }) } else { x.gelu_erf() }
 }
 
-#[derive(Clone, Copy)]
-enum Form {
+/// The two forms.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Form {
+    /// [`gelu`].
     Tanh,
+    /// [`gelu_erf`].
     Erf,
 }
 
-struct Gelu {
-    form: Form,
+impl Form {
+    pub(super) fn plain(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Tanh => gelu(x),
+            Self::Erf => gelu_erf(x),
+        }
+    }
+}
+
+pub(super) struct Gelu {
+    pub(super) form: Form,
 }
 
 impl CustomOp1 for Gelu {

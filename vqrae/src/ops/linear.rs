@@ -1,12 +1,13 @@
 //! `x wᵀ + b`, the layer that nearly all the time goes to.
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 use candle_nn::{Init, VarBuilder};
 use rayon::prelude::*;
 use vqrae_kernels::cpu::{Bf16, Element, Isa, dense};
 use vqrae_kernels::matrix::{Into, View};
 
 use super::Precision;
+use super::gelu::{Form, Gelu};
 
 /// `x wᵀ + b`.
 ///
@@ -54,6 +55,57 @@ impl Linear {
     /// `[…, D]` to `[…, E]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         linear(self.precision, x, &self.weight, &self.bias)
+    }
+
+    /// [`Linear::forward`] of GELU of `x`, which is computed again for the gradient rather than kept: of a block's memory in
+    /// training a quarter, for little time.
+    pub(crate) fn after_gelu(&self, form: Form, x: &Tensor) -> Result<Tensor> {
+        if !super::fused(x) || x.rank() < 2 {
+            return self.forward(&form.plain(x)?);
+        }
+        let op = AfterGelu { gelu: Gelu { form }, linear: LinearOp { precision: self.precision } };
+        x.contiguous()?.apply_op3(&self.weight.contiguous()?, &self.bias.contiguous()?, op)
+    }
+}
+
+struct AfterGelu {
+    gelu: Gelu,
+    linear: LinearOp,
+}
+
+impl CustomOp3 for AfterGelu {
+    fn name(&self) -> &'static str {
+        "linear-after-gelu"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, shape) = self.gelu.cpu_fwd(x, x_layout)?;
+        self.linear.cpu_fwd(&x, &Layout::contiguous(shape), weight, weight_layout, bias, bias_layout)
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let x_is_tracked = x.track_op();
+        let x = x.detach();
+        let hidden = x.apply_op1_no_bwd(&self.gelu)?;
+        let (hidden_grad, weight_grad, bias_grad) =
+            self.linear.gradients((&hidden, x_is_tracked), weight, bias, grad)?;
+        let x_grad = hidden_grad.map(|grad| self.gelu.bwd(&x, result, &grad)).transpose()?.flatten();
+        Ok((x_grad, weight_grad, bias_grad))
     }
 }
 
@@ -105,6 +157,19 @@ impl CustomOp3 for LinearOp {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        self.gradients((x, x.track_op()), weight, bias, grad)
+    }
+}
+
+impl LinearOp {
+    /// The gradients of the input, if it is tracked, and of the parameters that are.
+    fn gradients(
+        &self,
+        (x, x_is_tracked): (&Tensor, bool),
+        weight: &Tensor,
+        bias: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (e, d) = weight.dims2()?;
         // No tensor made here is part of a graph: a gradient must not hold what its layer's input came from.
         let grad = grad.reshape(((), e))?.contiguous()?; // [M,E]
@@ -122,7 +187,7 @@ impl CustomOp3 for LinearOp {
                 }
                 out
             };
-            let x_grad = x.track_op().then(|| matrix(product(m, g_view, w_view), x.shape())).transpose()?;
+            let x_grad = x_is_tracked.then(|| matrix(product(m, g_view, w_view), x.shape())).transpose()?;
             let x_view = View::new(x_values, m, d, d);
             let weight_grad =
                 weight.track_op().then(|| matrix(product(e, g_view.t(), x_view), weight.shape())).transpose()?;

@@ -25,6 +25,7 @@ mod window;
 pub use attention::attention;
 pub use conv::{Conv2d, conv2d, conv2d_relu};
 pub use depthwise::depthwise_conv2d;
+pub(crate) use gelu::Form as GeluForm;
 pub use gelu::{gelu, gelu_erf};
 pub use layer_norm::{LayerNorm, layer_norm};
 pub use linear::{Linear, linear};

@@ -117,10 +117,10 @@ fn memory(config: &Config, groups: &BTreeMap<&str, GroupPlan>, tokens: u64) -> V
 }
 
 /// Values that a stack of blocks holds for the backward pass of this many tokens: of each block its input, both norms, q, k, v,
-/// the attention, its projection, two sums, the MLP's output and a copy of the block's, and the MLP's hidden layer before and
-/// after its activation.
+/// the attention, its projection, two sums, the MLP's output and a copy of the block's, and the MLP's hidden layer before its
+/// activation.
 fn stack(blocks: &vit::Config, tokens: u64, checkpoint: bool) -> u64 {
-    let block = tokens * (12 * blocks.width as u64 + 2 * blocks.mlp_width as u64);
+    let block = tokens * (12 * blocks.width as u64 + blocks.mlp_width as u64);
     let depth = blocks.depth as u64;
     if checkpoint { block + depth * tokens * blocks.width as u64 } else { depth * block }
 }
