@@ -71,12 +71,27 @@ enum Resume {
     Never,
 }
 
+/// Left alone, glibc comes to keep freed memory of up to 32 MiB a piece, which is most of what a step frees, and its peak is a fifth
+/// higher; far below this limit the system has to clear every tensor's pages anew, which is a quarter of a step's time.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn give_large_tensors_back() {
+    const LIMIT: libc::c_int = 8 << 20;
+    // SAFETY: a setting of the allocator, which may be changed at any time; a refusal leaves it as it was.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LIMIT);
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn give_large_tensors_back() {}
+
 pub(crate) fn execute(args: Args) -> Result<Exit> {
     let config = Config::read(&args.config, &wishes(&args)?)?;
     if args.dry_run {
         report::data(&plan::text(&config, &Plan::of(&config)?));
         return Ok(Exit::Success);
     }
+    give_large_tensors_back();
     let devices = args.devices.open()?;
     catch_interrupts()?;
     let (mut last, mut stopped) = (None, false);
