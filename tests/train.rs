@@ -102,6 +102,21 @@ impl Bench {
         self.folder.path().join(name)
     }
 
+    /// Begins a run and sends it SIGINT once it has logged; it leaves one checkpoint.
+    #[cfg(unix)]
+    fn interrupt(&self, run: &str, more: &[&str]) {
+        let mut child = self.command(run, more).stderr(Stdio::null()).spawn().expect("the binary");
+        let (log, begin) = (self.path(run).join("log.jsonl"), Instant::now());
+        let lines = || std::fs::read_to_string(&log).unwrap_or_default().lines().count();
+        while lines() < 3 && begin.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let signal = Command::new("kill").arg("-INT").arg(child.id().to_string()).status().expect("kill");
+        assert!(signal.success());
+        assert_eq!(child.wait().expect("its end").code(), Some(130));
+        assert_eq!(std::fs::read_dir(self.path(run).join("checkpoints")).expect("checkpoints").count(), 1);
+    }
+
     fn command(&self, run: &str, more: &[&str]) -> Command {
         let mut command = Command::new(BINARY);
         command.arg("train").arg("--config").arg(self.path("config.toml")).arg("--data").arg(self.path("photos"));
@@ -224,16 +239,7 @@ fn an_interrupted_run_writes_a_checkpoint_and_goes_on_to_the_same_bits() {
     let long = ["--set", "train.steps=300", "--set", "train.checkpoint_every=0", "--set", "train.validate_every=0"];
     succeeds(&bench.train("whole", &long));
 
-    let mut child = bench.command("cut", &long).stderr(Stdio::null()).spawn().expect("the binary");
-    let (log, begin) = (bench.path("cut/log.jsonl"), Instant::now());
-    let lines = || std::fs::read_to_string(&log).unwrap_or_default().lines().count();
-    while lines() < 3 && begin.elapsed() < Duration::from_secs(60) {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    let signal = Command::new("kill").arg("-INT").arg(child.id().to_string()).status().expect("kill");
-    assert!(signal.success());
-    assert_eq!(child.wait().expect("its end").code(), Some(130));
-    assert_eq!(std::fs::read_dir(bench.path("cut/checkpoints")).expect("checkpoints").count(), 1);
+    bench.interrupt("cut", &long);
     succeeds(&bench.train("cut", &long));
     assert!(bench.checkpoint("whole", 300) == bench.checkpoint("cut", 300), "the weights differ");
 }

@@ -4,8 +4,6 @@
 //! step here: a run that comes to its end has had the same bits on all ranks all the way.
 
 use std::collections::HashMap;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use vqrae::weights::{self, Tensors};
 
@@ -189,16 +187,7 @@ fn an_interrupt_stops_all_ranks_at_the_same_step() {
     let bench = Bench::new();
     let wishes = sets(&["train.batch_size=4", "train.steps=400", "train.checkpoint_every=0", "train.validate_every=0"]);
     let wishes = [&wishes[..], &["--ranks", "2"]].concat();
-    let mut child = bench.command("cut", &wishes).stderr(Stdio::null()).spawn().expect("the binary");
-    let (log, begin) = (bench.path("cut/log.jsonl"), Instant::now());
-    let lines = || std::fs::read_to_string(&log).unwrap_or_default().lines().count();
-    while lines() < 3 && begin.elapsed() < Duration::from_secs(60) {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    let signal = Command::new("kill").arg("-INT").arg(child.id().to_string()).status().expect("kill");
-    assert!(signal.success());
-    assert_eq!(child.wait().expect("its end").code(), Some(130));
-    assert_eq!(std::fs::read_dir(bench.path("cut/checkpoints")).expect("checkpoints").count(), 1);
+    bench.interrupt("cut", &wishes);
 }
 
 #[test]

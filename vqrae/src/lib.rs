@@ -35,6 +35,7 @@
 //! - `shipped-model` (default): the library carries the model of `weights/vqrae-small`
 //! - `cuda`: candle's CUDA device
 
+mod cholesky;
 pub mod codebook;
 pub mod codes;
 pub mod convert;

@@ -21,6 +21,7 @@ use super::entropy::EntropyConfig;
 use super::kmeans::Choose;
 use super::table::{Choices, Metric, Table, Transform};
 use super::{Gradient, Norm, Quantized, is_default};
+use crate::cholesky::cholesky;
 use crate::weights::{self, Tensors};
 
 /// The sizes and choices of a SimVQ.
@@ -192,6 +193,8 @@ impl Bottleneck for SimVq {
     /// C at SimVQ's own spread, so that its rate fits W whatever C was, and W and w that make codes like `h` of it.
     fn first(&self, h: &Tensor, _: Choose) -> Result<Tensors> {
         const SMALLEST: f64 = 1e-30;
+        // What a few features leave undetermined gets a hundredth of the usual spread.
+        const LEAST: f64 = 1e-4;
         let points = self.table.metric().met(h)?.flatten_to(1)?; // [M,e]
         let (m, e) = points.dims2()?;
         let centre = match self.transform.bias {
@@ -200,7 +203,7 @@ impl Bottleneck for SimVq {
         };
         let points = points.broadcast_sub(&centre)?;
         let covariance = (points.t()?.matmul(&points)? / m as f64)?.to_dtype(DType::F64)?;
-        let root = Tensor::from_vec(cholesky(covariance.flatten_all()?.to_vec1()?, e), (e, e), h.device())?;
+        let root = Tensor::from_vec(cholesky(covariance.flatten_all()?.to_vec1()?, e, LEAST), (e, e), h.device())?;
         let codebook = self.table.codebook.detach();
         let spread = f64::from(codebook.sqr()?.mean_all()?.to_scalar::<f32>()?).sqrt();
         let usual = (e as f64).sqrt().recip();
@@ -212,39 +215,5 @@ impl Bottleneck for SimVq {
             made.insert(BIAS.to_string(), centre.squeeze(0)?);
         }
         Ok(made)
-    }
-}
-
-/// The lower triangle L with `L Lᵀ = A`, row by row, for a covariance A `[n, n]`. What a few features leave undetermined
-/// gets a hundredth of the usual spread.
-fn cholesky(mut a: Vec<f64>, n: usize) -> Vec<f64> {
-    const LEAST: f64 = 1e-4;
-    let least = LEAST * (0..n).map(|i| a[i * n + i]).sum::<f64>() / n as f64;
-    for i in 0..n {
-        let (above, row) = a.split_at_mut(i * n);
-        for j in 0..i {
-            let other = &above[j * n..];
-            let dot: f64 = row[..j].iter().zip(other).map(|(x, y)| x * y).sum();
-            row[j] = (row[j] - dot) / other[j];
-        }
-        let square: f64 = row[..i].iter().map(|x| x * x).sum();
-        row[i] = (row[i] + least - square).max(least).max(f64::MIN_POSITIVE).sqrt();
-        row[i + 1..n].fill(0.0);
-    }
-    a
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_root_by_hand_and_one_of_what_has_no_full_rank() {
-        // [[4, 2], [2, 5]] = L Lᵀ with L = [[2, 0], [1, 2]], but for the least that is added.
-        let root = cholesky(vec![4., 2., 2., 5.], 2);
-        assert!(root.iter().zip([2., 0., 1., 2.]).all(|(x, y)| (x - y).abs() < 1e-3), "{root:?}");
-        let root = cholesky(vec![1., 1., 1., 1.], 2);
-        assert!((root[2] - 1.0).abs() < 1e-3 && (0.005..0.03).contains(&root[3]), "{root:?}");
-        assert!(cholesky(vec![0.; 4], 2).iter().all(|x| x.is_finite()));
     }
 }

@@ -9,6 +9,7 @@
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
+use crate::cholesky::cholesky;
 use crate::error::{Error, Result};
 use crate::model::{Config as ModelConfig, Network};
 use crate::ops::Norm;
@@ -152,7 +153,7 @@ impl Tower {
                 let ones = Tensor::ones((b, n, 1), DType::F32, &Device::Cpu)?;
                 sums.add(&Tensor::cat(&[&own, &neighbours, &ones], 2)?.flatten_to(1)?, &true_tokens(pixels)?)?;
             }
-            let solution = sums.solve()?;
+            let solution = sums.solve();
             let at = |row: usize, column: usize| solution[row * painted + column] as f32;
             let mut weight = vec![0f32; width * width];
             let mut bias = vec![0f32; width];
@@ -210,36 +211,22 @@ impl Normal {
         Ok(())
     }
 
-    /// W `[inputs, outputs]`, by Cholesky's factors; a little is added to the diagonal, so that inputs that say the same
-    /// have an answer.
-    fn solve(mut self) -> Result<Vec<f64>> {
-        const RIDGE: f64 = 1e-6;
-        let (n, m) = (self.inputs, self.outputs);
-        let mean = (0..n).map(|i| self.xx[i * n + i]).sum::<f64>() / n as f64;
-        (0..n).for_each(|i| self.xx[i * n + i] += RIDGE * mean);
-        for i in 0..n {
-            for j in 0..=i {
-                let dot: f64 = (0..j).map(|k| self.xx[i * n + k] * self.xx[j * n + k]).sum();
-                let rest = self.xx[i * n + j] - dot;
-                self.xx[i * n + j] = match i == j {
-                    false => rest / self.xx[j * n + j],
-                    true if rest > 0.0 => rest.sqrt(),
-                    true => return Err(Error::Training("start: patches of one colour have no linear fit".into())),
-                };
-            }
-        }
-        let factor = |i: usize, j: usize| self.xx[i * n + j];
+    /// W `[inputs, outputs]`, by Cholesky's factors; inputs that say the same share what they say.
+    fn solve(self) -> Vec<f64> {
+        const LEAST: f64 = 1e-6;
+        let (n, m, mut w) = (self.inputs, self.outputs, self.xy);
+        let root = cholesky(self.xx, n, LEAST);
         for column in 0..m {
             for i in 0..n {
-                let dot: f64 = (0..i).map(|k| factor(i, k) * self.xy[k * m + column]).sum();
-                self.xy[i * m + column] = (self.xy[i * m + column] - dot) / factor(i, i);
+                let dot: f64 = (0..i).map(|k| root[i * n + k] * w[k * m + column]).sum();
+                w[i * m + column] = (w[i * m + column] - dot) / root[i * n + i];
             }
             for i in (0..n).rev() {
-                let dot: f64 = (i + 1..n).map(|k| factor(k, i) * self.xy[k * m + column]).sum();
-                self.xy[i * m + column] = (self.xy[i * m + column] - dot) / factor(i, i);
+                let dot: f64 = (i + 1..n).map(|k| root[k * n + i] * w[k * m + column]).sum();
+                w[i * m + column] = (w[i * m + column] - dot) / root[i * n + i];
             }
         }
-        Ok(self.xy)
+        w
     }
 }
 
@@ -254,7 +241,7 @@ mod tests {
         let y = Tensor::new(&[[2f32], [-1.], [1.]], &Device::Cpu).unwrap();
         let mut sums = Normal::new(2, 1);
         sums.add(&x, &y).unwrap();
-        let solution = sums.solve().unwrap();
+        let solution = sums.solve();
         assert!((solution[0] - 2.0).abs() < 1e-5 && (solution[1] + 1.0).abs() < 1e-5, "{solution:?}");
     }
 
