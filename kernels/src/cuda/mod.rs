@@ -7,6 +7,7 @@
 //! another crate keeps on the device is used where it lies.
 
 mod libraries;
+pub mod training;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -161,4 +162,20 @@ impl From<cudarc::cublas::result::CublasError> for Error {
 fn describe(error: &DriverError) -> String {
     // `error_string` asks the driver, which may be what is missing.
     format!("CUDA: {:?}", error.0)
+}
+
+/// A GPU for a test, `None` where there is none; where `VQRAE_REQUIRE_GPU` is set that is a failure.
+#[cfg(test)]
+pub(crate) fn test_gpu() -> Option<Arc<Gpu>> {
+    match Gpu::open(0) {
+        Ok(gpu) => Some(gpu),
+        Err(error) => {
+            assert!(std::env::var_os("VQRAE_REQUIRE_GPU").is_none(), "{error}");
+            #[allow(clippy::print_stderr)]
+            {
+                eprintln!("skipped: {error}");
+            }
+            None
+        }
+    }
 }
