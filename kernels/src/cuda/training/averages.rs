@@ -259,7 +259,10 @@ mod tests {
         for (n, k, d) in SHAPES {
             for uses in USES {
                 let case = format!("{n} {k} {d} {uses}");
-                let (features, chosen) = (noise(n * d, 1), indices(n, k, uses, 2));
+                // Of many magnitudes, else sums in any order would be exact.
+                let magnitudes = noise(n * d, 7).into_iter().map(|x| (30.0 * x).exp2());
+                let features: Vec<f32> = noise(n * d, 1).into_iter().zip(magnitudes).map(|(x, m)| x * m).collect();
+                let chosen = indices(n, k, uses, 2);
                 let (sizes, sums) = counted(&features, &chosen, k, d);
                 let (dfeatures, dchosen) = (stream.clone_htod(&features).unwrap(), stream.clone_htod(&chosen).unwrap());
                 let counts = stream.clone_dtoh(&code_histogram(&gpu, &dchosen.as_view(), k).unwrap()).unwrap();
