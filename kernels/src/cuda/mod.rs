@@ -7,6 +7,7 @@
 //! another crate keeps on the device is used where it lies.
 
 mod libraries;
+mod nearest;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -16,6 +17,7 @@ use cudarc::cublas::CudaBlas;
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, LaunchArgs, LaunchConfig};
 use cudarc::nvrtc::Ptx;
 pub use libraries::missing;
+pub use nearest::{Codebook, Method, Mode};
 
 use crate::Error;
 
@@ -30,6 +32,8 @@ pub struct Gpu {
     modules: Vec<Arc<CudaModule>>,
     functions: Mutex<HashMap<&'static str, CudaFunction>>,
     blas: OnceLock<CudaBlas>,
+    /// Whether tensor cores were seen to sum within the bound.
+    sums_held: OnceLock<bool>,
     processors: u32,
 }
 
@@ -82,7 +86,7 @@ impl Gpu {
         let load = |image: &&[u8]| context.load_module(Ptx::from_binary(image.to_vec()));
         let modules = IMAGES.iter().map(load).collect::<Result<_, _>>()?;
         let processors = u32::try_from(context.attribute(PROCESSORS)?).unwrap_or(1).max(1);
-        Ok(Self { stream, modules, functions: Mutex::default(), blas: OnceLock::new(), processors })
+        Ok(Self { stream, modules, functions: Mutex::default(), blas: OnceLock::new(), sums_held: OnceLock::new(), processors })
     }
 
     /// Where everything runs, in order.
@@ -161,4 +165,19 @@ impl From<cudarc::cublas::result::CublasError> for Error {
 fn describe(error: &DriverError) -> String {
     // `error_string` asks the driver, which may be what is missing.
     format!("CUDA: {:?}", error.0)
+}
+
+/// A GPU for tests, or `None` where there is none and the test can only be left out.
+///
+/// `VQRAE_REQUIRE_GPU` set, a missing GPU fails the test: where one is meant to be, tests must not pass by doing nothing.
+#[cfg(test)]
+pub(crate) fn test_gpu() -> Option<Arc<Gpu>> {
+    static GPU: OnceLock<Result<Arc<Gpu>, Error>> = OnceLock::new();
+    match GPU.get_or_init(|| Gpu::open(0)) {
+        Ok(gpu) => Some(gpu.clone()),
+        Err(error) => {
+            assert!(std::env::var_os("VQRAE_REQUIRE_GPU").is_none(), "VQRAE_REQUIRE_GPU is set, and: {error}");
+            None
+        }
+    }
 }
