@@ -107,7 +107,11 @@ fn the_shipped_model_gives_a_photo_the_same_codes_on_a_gpu() {
         let model = Vqrae::shipped(&gpu, dtype).unwrap();
         assert_eq!(model.id(), cpu.id());
         let wrong = differing(&model.encode_to_indices(&pixels).unwrap(), &codes);
-        say(&format!("the shipped model on a GPU in {}: {:.2} % of the codes differ", model.precision(), 100.0 * wrong));
+        say(&format!(
+            "the shipped model on a GPU in {}: {:.2} % of the codes differ",
+            model.precision(),
+            100.0 * wrong
+        ));
         assert!(wrong <= most, "{wrong} of the codes differ in {dtype:?}");
     }
 }

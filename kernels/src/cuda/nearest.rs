@@ -393,7 +393,14 @@ impl Codebook {
             let z = z.slice(first * self.width..(first + tokens) * self.width);
             let (count, per_part, parts_arg, first_arg) = (int(tokens)?, int(per_part)?, int(parts)?, first as u32);
             let mut args = stream.launch_builder(&meet);
-            args.arg(&z).arg(&count).arg(&width).arg(shadow).arg(&screen.bias).arg(&codes).arg(&per_part).arg(&mut *met);
+            args.arg(&z)
+                .arg(&count)
+                .arg(&width)
+                .arg(shadow)
+                .arg(&screen.bias)
+                .arg(&codes)
+                .arg(&per_part)
+                .arg(&mut *met);
             // SAFETY: the kernel's arguments; rows of z and the shadow, and a `Met` a token and part, are there.
             unsafe { launch(args, (tokens.div_ceil(128), parts), 128, 0) }?;
             let mut codes_out = answer.codes.slice_mut(first..first + tokens);
@@ -461,7 +468,11 @@ impl Codebook {
         /// Tokens of a block of `scan_products`.
         const ROWS: usize = 4;
         let Workspace {
-            scores: Some(scores), rounded: Some(rounded), unscale: Some(unscale), epsilon: Some(epsilon), ..
+            scores: Some(scores),
+            rounded: Some(rounded),
+            unscale: Some(unscale),
+            epsilon: Some(epsilon),
+            ..
         } = workspace
         else {
             return Ok(());
@@ -517,8 +528,9 @@ impl Codebook {
             (192, Mode::Fast) => "meet_codes_fast_192",
             (_, Mode::Fast) => "meet_codes_fast_256",
         };
-        let Workspace { rounded: Some(rounded), unscale: Some(unscale), epsilon: Some(epsilon), met: Some(met), .. } =
-            workspace
+        let Workspace {
+            rounded: Some(rounded), unscale: Some(unscale), epsilon: Some(epsilon), met: Some(met), ..
+        } = workspace
         else {
             return Ok(());
         };
@@ -833,9 +845,8 @@ impl Gpu {
                 _ => ones | mantissa,
             }
         };
-        let matrix = |seed: u32| -> Vec<u16> {
-            (0..ROWS * WIDTH).map(|at| bits(at / WIDTH, at % WIDTH, seed)).collect()
-        };
+        let matrix =
+            |seed: u32| -> Vec<u16> { (0..ROWS * WIDTH).map(|at| bits(at / WIDTH, at % WIDTH, seed)).collect() };
         let (codes, tokens) = (matrix(3), matrix(0xB529_7A4D));
         let (device_codes, device_tokens) = (stream.clone_htod(&codes)?, stream.clone_htod(&tokens)?);
         let mut by_blas = stream.alloc_zeros::<f32>(ROWS * ROWS)?;
@@ -877,5 +888,6 @@ fn exponent_of(x: f32) -> i32 {
 
 /// A count as kernels take it.
 fn int(count: usize) -> Result<i32, Error> {
-    i32::try_from(count).map_err(|_| Error::Gpu { message: format!("{count} rows at once, expected: at most {}", i32::MAX) })
+    i32::try_from(count)
+        .map_err(|_| Error::Gpu { message: format!("{count} rows at once, expected: at most {}", i32::MAX) })
 }

@@ -118,7 +118,11 @@ fn a_gpu_refuses_what_has_no_answer() {
             let codebook = prepare(&gpu, &[1.0, 2.0, 3.0, 4.0], d, Metric::Euclidean, method);
             let mut z = vec![1.0; 600];
             (z[401], z[599]) = (bad, bad);
-            assert_eq!(codebook.nearest_host(&z, Mode::Exact).unwrap_err(), Error::NonFiniteToken { row: 200 }, "{method:?}");
+            assert_eq!(
+                codebook.nearest_host(&z, Mode::Exact).unwrap_err(),
+                Error::NonFiniteToken { row: 200 },
+                "{method:?}"
+            );
             assert!(codebook.nearest_host(&[1.0; 3], Mode::Exact).is_err());
         }
     }
