@@ -119,6 +119,11 @@ done
 echo "plant $plant" >"$out/build/plant.new"
 cmp -s "$out/build/plant" "$out/build/plant.new" || rm -f "$out"/vqrae-*.kernels.so
 mv "$out/build/plant.new" "$out/build/plant"
+# A .cu file that is gone: its kernels must not be found any more.
+for file in "$out"/vqrae-*.kernels.so; do
+    name=$(basename "$file" .kernels.so)
+    [ -f "$here/../${name#vqrae-}.cu" ] || rm -f "$file"
+done
 for file in "$here"/../*.cu; do
     [ -f "$file" ] || continue
     name=vqrae-$(basename "$file" .cu)

@@ -29,6 +29,8 @@ build_check check
 build_check check-barrier -DPLANT_NO_BARRIER
 build_check check-fragment -DPLANT_FRAGMENT
 $CXX $flags -Wall -Wextra "$here/check.cpp" -o "$out/check/check" -L"$out" -l:libcuda.so.1
+$CXX $flags -Wall -Wextra "$here/check_blas.cpp" -o "$out/check/check_blas" -L"$out" -l:libcublas.so.13 \
+    -l:libcublasLt.so.13 -l:libcurand.so.10 -l:libcuda.so.1
 run_check() {
     folder=$1; shift
     env LD_LIBRARY_PATH="$out/$folder" "$@"
@@ -40,6 +42,10 @@ for order in forward reverse random:1 random:2 random:3; do
     done
 done
 expect 0 passed run_check check VQRAE_GPU_MMA=nearest "$out/check/check"
+
+expect 0 passed env LD_LIBRARY_PATH="$out" "$out/check/check_blas"
+expect 134 "cublasGemmStridedBatchedEx: A .* does not lie in one allocation" \
+    env LD_LIBRARY_PATH="$out" "$out/check/check_blas" outside
 
 # A missing barrier shows, whichever order is first.
 for order in forward reverse random:1; do
