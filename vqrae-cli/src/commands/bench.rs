@@ -16,7 +16,7 @@ use vqrae::{DType, Device, Vqrae, auto_dtype};
 use vqrae_kernels::cpu::Isa;
 use worker::{Done, Subject, Worker};
 
-use crate::load::{catch_interrupts, interrupted};
+use crate::interrupts::{catch_interrupts, interrupted};
 use crate::plan::{self, Precision};
 use crate::report::{self, Exit};
 
