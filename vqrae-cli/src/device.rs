@@ -196,6 +196,29 @@ pub(crate) fn memory_mib(_: &Device) -> Option<(u64, u64)> {
     None
 }
 
+/// The most of a device's memory that this process's tensors have taken so far, in MiB. `None` on the CPU, or where the driver
+/// does not tell.
+#[cfg(feature = "cuda")]
+pub(crate) fn peak_mib(device: &Device) -> Option<u64> {
+    use candle_core::cuda_backend::cudarc::driver::{result, sys};
+    let stream = device.as_cuda_device().ok()?.cuda_stream();
+    stream.synchronize().ok()?;
+    let mut peak = 0u64;
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+    // SAFETY: the device is one that a context is open on, and the attribute is a number of 64 bits.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(stream.context().cu_device()).ok()?;
+        result::mem_pool::get_attribute(pool, attribute, (&raw mut peak).cast()).ok()?;
+    }
+    Some(peak >> 20)
+}
+
+/// `None`: the CPU is all there is.
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn peak_mib(_: &Device) -> Option<u64> {
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
