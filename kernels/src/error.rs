@@ -44,4 +44,11 @@ pub enum Error {
         /// The names that would do.
         available: String,
     },
+    /// A GPU could not be used.
+    #[cfg(feature = "cuda")]
+    #[error("{message}")]
+    Gpu {
+        /// What failed, in CUDA's own words.
+        message: String,
+    },
 }
