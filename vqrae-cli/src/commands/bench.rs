@@ -361,7 +361,6 @@ fn table(rows: &[Row]) -> String {
         "reconstruct, images/s",
         "GFLOP/s",
         "peak MiB",
-        "on the GPU",
         "ready, s",
     ];
     let rate = |rate: &Rate| format!("{} ({})", three_digits(rate.best), three_digits(rate.median));
@@ -373,8 +372,7 @@ fn table(rows: &[Row]) -> String {
             rate(&row.tokenize),
             or_dash(row.reconstruct.as_ref().map(rate)),
             format!("{:.0}", row.gflops),
-            or_dash(row.peak_mib),
-            or_dash(row.peak_device_mib),
+            or_dash(row.peak_mib) + &row.peak_device_mib.map_or_else(String::new, |mib| format!(", GPU {mib}")),
             format!("{:.2}", row.ready_seconds),
         ]
     };
