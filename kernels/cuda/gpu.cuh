@@ -67,10 +67,10 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
 
+extern __shared__ __align__(128) unsigned char gpu_dynamic_shared[];
+
 // Declares T* name at the block's dynamic shared memory, on a 128-byte boundary.
-#define DYNAMIC_SHARED(T, name)                                              \
-    extern __shared__ __align__(128) unsigned char gpu_dynamic_shared[];     \
-    T* name = reinterpret_cast<T*>(gpu_dynamic_shared)
+#define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(gpu_dynamic_shared)
 
 #endif
 

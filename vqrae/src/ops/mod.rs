@@ -13,12 +13,15 @@
 mod attention;
 pub mod composed;
 mod conv;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod depthwise;
 mod gelu;
 mod layer_norm;
 mod linear;
 mod norm;
 mod pool;
+mod search;
 mod unit_distance;
 mod window;
 
@@ -31,6 +34,7 @@ pub use layer_norm::{LayerNorm, layer_norm};
 pub use linear::{Linear, linear};
 pub use norm::Norm;
 pub use pool::max_pool2d;
+pub(crate) use search::Search;
 pub use unit_distance::unit_distance;
 pub use window::Window;
 
