@@ -2,6 +2,7 @@
 
 #include "scheduler.h"
 
+#include <memory>
 #include <link.h>
 #include <sys/mman.h>
 
@@ -480,12 +481,11 @@ void Worker::enter() { worker->run_lanes(); }
 
 // This OS thread's worker; its stacks are kept for the next launch.
 Worker& this_worker() {
-    struct Owner {
-        Worker worker;
-    };
-    static thread_local Owner owner;
-    worker = &owner.worker;
-    return owner.worker;
+    // Elsewhere: a library that is opened late has little room for what each thread has of its own.
+    static thread_local std::unique_ptr<Worker> owner;
+    if (!owner) owner = std::make_unique<Worker>();
+    worker = owner.get();
+    return *owner;
 }
 
 // ---- OS threads that help with a launch of many blocks

@@ -8,6 +8,7 @@
 
 mod libraries;
 mod nearest;
+pub mod training;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
