@@ -410,7 +410,13 @@ CUresult CUDAAPI cuMemGetInfo(size_t* free, size_t* total) {
 }
 
 CUresult CUDAAPI cuMemAlloc(CUdeviceptr* out, size_t bytes) { return allocate(out, bytes); }
-CUresult CUDAAPI cuMemAllocAsync(CUdeviceptr* out, size_t bytes, CUstream) { return allocate(out, bytes); }
+// Unlike the synchronous call, nothing may be asked of it.
+CUresult CUDAAPI cuMemAllocAsync(CUdeviceptr* out, size_t bytes, CUstream) {
+    if (bytes > 0) return allocate(out, bytes);
+    *out = 0;
+    return CUDA_SUCCESS;
+}
+
 CUresult CUDAAPI cuMemAllocManaged(CUdeviceptr* out, size_t bytes, unsigned) { return allocate(out, bytes); }
 
 CUresult CUDAAPI cuMemFree(CUdeviceptr pointer) {
