@@ -7,6 +7,8 @@ mod encoders;
 mod features;
 mod folders;
 mod gan;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod gradients;
 mod image;
 mod inference;

@@ -1,5 +1,6 @@
 //! The binary on temporary folders: what it writes, what it says, and how it ends.
 
+mod devices;
 mod resolutions;
 
 use std::collections::BTreeMap;
@@ -107,9 +108,11 @@ impl Bench {
         std::fs::read(self.path(name)).expect(name)
     }
 
-    /// A command with the words of `line`, run in the temporary folder.
+    /// A command with the words of `line`, run in the temporary folder, on the CPU unless it names another device: there,
+    /// bits do not depend on the batch.
     fn command(&self, line: &str) -> Command {
         let mut command = Command::new(BINARY);
+        command.env("VQRAE_DEVICE", "cpu");
         command.args(line.split_whitespace()).current_dir(self.folder.path()).env_remove("RUST_BACKTRACE");
         command
     }
@@ -780,8 +783,8 @@ mod signals {
     const TOKENIZE: &str = "tokenize photos --model model --image-size 192 --batch-size 2 --reconstruct -o";
 
     /// Starts a run, and sends it a signal once it has written some files; then waits for its end.
-    fn stopped_by(signal: &str, bench: &Bench) -> Run {
-        let mut command = bench.command(&format!("{TOKENIZE} out"));
+    fn stopped_by(signal: &str, bench: &Bench, device: &str) -> Run {
+        let mut command = bench.command(&format!("{TOKENIZE} out --device {device}"));
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary");
         let codes = bench.path("out/codes/cats");
         while codes.read_dir().map_or(0, Iterator::count) < 3 {
@@ -801,7 +804,7 @@ mod signals {
     fn a_killed_run_goes_on_to_the_same_bytes() {
         let bench = Bench::with_photos(PHOTOS);
         bench.run(&format!("{TOKENIZE} whole")).exits(0);
-        stopped_by("-KILL", &bench);
+        stopped_by("-KILL", &bench, "cpu");
         bench.write("out/codes/.tmpA1b2C3", b"half a file");
         let summary = bench.run(&format!("{TOKENIZE} out")).exits(0).summary();
         assert!(summary["resumed"].as_u64() > Some(0), "{summary}");
@@ -810,9 +813,10 @@ mod signals {
 
     #[test]
     fn an_interrupted_run_leaves_whole_files_and_says_how_to_go_on() {
-        for signal in ["-INT", "-TERM"] {
+        for (signal, device) in [("-INT", "cpu"), ("-TERM", "cpu"), ("-INT", "cpu,cpu,cpu")] {
             let bench = Bench::with_photos(PHOTOS);
-            let run = stopped_by(signal, &bench).exits(130).says(&["interrupted", "run the same command again"]);
+            let run =
+                stopped_by(signal, &bench, device).exits(130).says(&["interrupted", "run the same command again"]);
             let codes = bench.tree("out/codes");
             assert_eq!(run.summary()["images"], codes.len());
             for name in codes.keys() {

@@ -225,6 +225,7 @@ impl Bench {
 
     fn run_with(&self, line: &str, variables: &[(&str, &str)]) -> Run {
         let mut command = Command::new(BINARY);
+        command.env("VQRAE_DEVICE", "cpu");
         command.args(line.split_whitespace()).current_dir(self.folder.path()).stdin(Stdio::null());
         for name in
             ["HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "RUST_BACKTRACE", "http_proxy", "HTTP_PROXY", "ALL_PROXY"]

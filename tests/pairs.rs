@@ -9,7 +9,7 @@ use vqrae::{DType, Device, Tensor, Vqrae, init, model, weights};
 use crate::compare::{assert_same_bits, fixture, noise};
 
 /// Folders of tiny encoders, each with its hidden width.
-const ENCODERS: [&str; 8] = [
+pub(crate) const ENCODERS: [&str; 8] = [
     "siglip/tiny",
     "encoders/naflex",
     "encoders/dinov2",
@@ -21,7 +21,7 @@ const ENCODERS: [&str; 8] = [
 ];
 
 /// Quantizers as config.json has them, each with its number of codes a token.
-const QUANTIZERS: [(&str, usize); 12] = [
+pub(crate) const QUANTIZERS: [(&str, usize); 12] = [
     (r#"{"type":"simvq","codebook_size":40,"codebook_dim":12}"#, 1),
     (r#"{"type":"simvq","codebook_size":40,"codebook_dim":12,"metric":"cosine","transform_bias":true}"#, 1),
     (r#"{"type":"simvq","codebook_size":40,"codebook_dim":12,"metric":"hsq","norm":"layer_norm"}"#, 1),
@@ -40,7 +40,7 @@ const QUANTIZERS: [(&str, usize); 12] = [
 ];
 
 /// A copy of an encoder's folder with a preprocessor.
-fn encoder(name: &str, place: &Path) -> PathBuf {
+pub(crate) fn encoder(name: &str, place: &Path) -> PathBuf {
     let folder = place.join(name.replace('/', "-"));
     fs::create_dir_all(&folder).unwrap();
     for file in ["config.json", "model.safetensors"] {

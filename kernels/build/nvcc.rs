@@ -54,7 +54,8 @@ fn find() -> Result<PathBuf, String> {
     if let Some(nvcc) = std::env::var_os("NVCC") {
         return Ok(nvcc.into());
     }
-    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(|home| Path::new(&home).join("bin"));
+    let homes =
+        ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(|home| Path::new(&home).join("bin"));
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = homes.chain(std::env::split_paths(&path)).chain([PathBuf::from("/usr/local/cuda/bin")]);
     let mut found = folders.map(|folder| folder.join("nvcc")).filter(|nvcc| nvcc.exists());

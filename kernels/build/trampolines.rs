@@ -31,7 +31,8 @@ pub(crate) fn write(toolkit: &Path) -> Result<(), String> {
     let mut count = 0;
     for line in symbols.lines() {
         let (library, name) = line.split_once(' ').ok_or_else(|| format!("{SYMBOLS}: {line:?}"))?;
-        let library = LIBRARIES.iter().position(|known| *known == library).ok_or_else(|| format!("{SYMBOLS}: {line:?}"))?;
+        let library =
+            LIBRARIES.iter().position(|known| *known == library).ok_or_else(|| format!("{SYMBOLS}: {line:?}"))?;
         // A slot holds where to jump: at first to the two instructions after the jump, which have the function found.
         let slot = 8 * count;
         let _ = write!(

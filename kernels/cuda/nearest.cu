@@ -139,8 +139,8 @@ KERNEL __launch_bounds__(THREADS)
 
 /// The code with the largest screened score, the lowest of equal ones: the fast mode. A block a token.
 KERNEL __launch_bounds__(THREADS)
-    largest_products(const float* products, int tokens, int codes, const float* unscale, const double* epsilon,
-                     const float* centred_bias, unsigned first, unsigned* out, unsigned* refused, Report* report) {
+    largest_products(const float* products, int codes, const float* unscale, const double* epsilon, const float* centred_bias,
+                     unsigned first, unsigned* out, unsigned* refused, Report* report) {
     __shared__ float maxima[WARPS];
     __shared__ unsigned indices[WARPS];
     int token = blockIdx.x, thread = threadIdx.x;

@@ -220,8 +220,11 @@ __device__ void meet_wide_codes(Tokens tokens, Codes codes, Best* bests, Report*
         }
         if (lane == 0) {
             bests[(size_t)blockIdx.y * tokens.count + token] = best;
-            atomicAdd(&report->candidates, (unsigned long long)candidates);
-            if (candidates > 1) atomicAdd(&report->rescored, 1u);
+            // Beyond the first, which every part has; `settle_parts` counts one a token.
+            if (candidates > 1) {
+                atomicAdd(&report->candidates, candidates - 1ull);
+                atomicAdd(&report->rescored, 1u);
+            }
         }
     }
 }
@@ -272,5 +275,23 @@ KERNEL settle_parts(const Best* bests, int tokens, int parts, unsigned first, un
     }
     settled = settled && best.code != REFUSED;
     out[token] = settled ? best.code : REFUSED;
-    if (!settled) refuse(first + token, refused, report);
+    if (settled) atomicAdd(&report->candidates, 1ull);
+    else refuse(first + token, refused, report);
+}
+
+/// Products of 16 tokens and 8 codes by one warp, to see how the device sums.
+KERNEL multiply_by_warp(const __half* tokens, const __half* codes, float* out, int columns, int d) {
+    int group = threadIdx.x / 4, quarter = threadIdx.x % 4;
+    const unsigned* upper = (const unsigned*)(tokens + (size_t)(blockIdx.x * 16 + group) * d);
+    const unsigned* lower = upper + 8 * d / 2;
+    const unsigned* code = (const unsigned*)(codes + (size_t)(blockIdx.y * 8 + group) * d);
+    float c[4] = {0, 0, 0, 0};
+    for (int i = quarter; i < d / 2; i += 8) {
+        unsigned a[4] = {upper[i], lower[i], upper[i + 4], lower[i + 4]}, b[2] = {code[i], code[i + 4]};
+        mma_f16(c, a, b);
+    }
+    for (int i = 0; i < 4; i++) {
+        int row = blockIdx.x * 16 + group + 8 * (i / 2), column = blockIdx.y * 8 + 2 * quarter + i % 2;
+        out[(size_t)row * columns + column] = c[i];
+    }
 }

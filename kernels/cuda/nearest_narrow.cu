@@ -74,7 +74,7 @@ KERNEL __launch_bounds__(TOKENS) meet_codes_32(const float* z, int tokens, int d
 /// The code of each token from what it has met in all parts, where the second best is out of reach of the bound; the others
 /// are refused. In the fast mode (`exact` = 0) the best score is good enough. A thread a token.
 KERNEL settle_narrow(const float* z, int tokens, int d, const Met* met, int parts, Bound bound, int exact,
-                                         unsigned* out, unsigned* refused, Report* report) {
+                     unsigned first, unsigned* out, unsigned* refused, Report* report) {
     int token = blockIdx.x * blockDim.x + threadIdx.x;
     if (token >= tokens) return;
     Met all{-INFINITY, -INFINITY, REFUSED};
@@ -93,7 +93,7 @@ KERNEL settle_narrow(const float* z, int tokens, int d, const Met* met, int part
         square += x * x;
     }
     double norm = sqrt(square), eps = norm * bound.token + norm * bound.rounded + bound.offset;
-    if (!finite) atomicMin(&report->first_bad, (unsigned)token);
+    if (!finite) atomicMin(&report->first_bad, first + token);
     bool screened = finite && is_safe(bound, norm) && all.code != REFUSED;
     bool alone = !exact || all.second < floor_to_f32((double)all.best - 2.0 * eps);
     if (screened && alone) {
@@ -101,6 +101,6 @@ KERNEL settle_narrow(const float* z, int tokens, int d, const Met* met, int part
         atomicAdd(&report->candidates, 1ull);
     } else {
         out[token] = REFUSED;
-        refuse(token, refused, report);
+        refuse(first + token, refused, report);
     }
 }

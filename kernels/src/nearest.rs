@@ -16,7 +16,7 @@
 //! Scores are compared as numbers, so -0 equals +0. A NaN or an infinity in z is an error, never a code.
 //! A token of zeros scores b_k everywhere: under the cosine metric it gets code 0.
 
-mod bound;
+pub(crate) mod bound;
 mod prepare;
 mod screen;
 mod simd;
@@ -264,11 +264,9 @@ impl Codebook {
 
     /// The number of tokens, N, if all are whole and finite.
     fn check_tokens(&self, z: &[f32]) -> Result<usize, Error> {
-        let tokens = count_rows(z, self.width)?;
-        match first_non_finite(z, self.width) {
-            Some(row) => Err(Error::NonFiniteToken { row }),
-            None => Ok(tokens),
-        }
+        let tokens = count(z.len(), self.width)?;
+        check_finite(z, self.width)?;
+        Ok(tokens)
     }
 
     /// Fills `codes`, a block of tokens at a time, but for those of tokens that cannot be screened.
@@ -355,8 +353,8 @@ fn refused(codes: &[u32]) -> usize {
     codes.iter().filter(|code| **code == REFUSED).count()
 }
 
-fn check_codes(rows: &[f32], d: usize) -> Result<(), Error> {
-    let codes = count_rows(rows, d)?;
+pub(crate) fn check_codes(rows: &[f32], d: usize) -> Result<(), Error> {
+    let codes = count(rows.len(), d)?;
     if codes == 0 {
         return Err(Error::NoCodes);
     }
@@ -369,14 +367,20 @@ fn check_codes(rows: &[f32], d: usize) -> Result<(), Error> {
     }
 }
 
-fn count_rows(values: &[f32], width: usize) -> Result<usize, Error> {
+/// Whether every token is finite; the first that is not is named.
+pub(crate) fn check_finite(z: &[f32], width: usize) -> Result<(), Error> {
+    first_non_finite(z, width).map_or(Ok(()), |row| Err(Error::NonFiniteToken { row }))
+}
+
+/// The number of rows that `values` values of `width` make.
+pub(crate) fn count(values: usize, width: usize) -> Result<usize, Error> {
     if width == 0 {
         return Err(Error::ZeroWidth);
     }
-    if !values.len().is_multiple_of(width) {
-        return Err(Error::RaggedRows { values: values.len(), width });
+    if !values.is_multiple_of(width) {
+        return Err(Error::RaggedRows { values, width });
     }
-    Ok(values.len() / width)
+    Ok(values / width)
 }
 
 fn first_non_finite(values: &[f32], width: usize) -> Option<usize> {

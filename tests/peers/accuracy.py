@@ -46,7 +46,7 @@ def pixels(file: pathlib.Path, side: int) -> np.ndarray:
 
 def ours(program, folder, dtype, x, scratch) -> dict:
     save_file({"pixels": np.ascontiguousarray(x)}, scratch / "in.safetensors")
-    command = [program, "bench", "--serve", "--model", folder, "--dtype", dtype]
+    command = [program, "bench", "--serve", "--device", "cpu", "--model", folder, "--dtype", dtype]
     orders = f"dump {scratch}/in.safetensors {scratch}/out.safetensors\n"
     done = subprocess.run(list(map(str, command)), input=orders, text=True, check=True, capture_output=True)
     out = load_file(scratch / "out.safetensors")

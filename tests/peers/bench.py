@@ -154,7 +154,7 @@ def one_model(shape: str, a, scratch: pathlib.Path):
             same.update(codes_of(workers, folder, scratch, batch))
 
     for what, precision in ((what, precision) for what in UNITS for precision in PRECISIONS):
-        command = [a.program, "bench", "--serve", "--model", folder, "--dtype", precision]
+        command = [a.program, "bench", "--serve", "--device", "cpu", "--model", folder, "--dtype", precision]
         workers = [Worker("ours", precision, command, what)]
         for peer in (peer for peers in columns.values() for peer in peers):
             if (peer, precision) != ("onnxruntime", "bf16") and (not a.only or peer in a.only):
@@ -189,11 +189,11 @@ def nearest(a, scratch: pathlib.Path):
     from safetensors.torch import load_file
 
     batch, file = 4, scratch / "nearest.safetensors"
-    ours = Worker("ours", "exact", [a.program, "bench", "--serve", "--shapes", "nearest"], "tokenize")
+    ours = Worker("ours", "exact", [a.program, "bench", "--serve", "--device", "cpu", "--shapes", "nearest"], "tokenize")
     ours.answer()
     ours.ask(f"dump {file}")
     ours.close()
-    workers = [Worker("ours", "exact", [a.program, "bench", "--serve", "--shapes", "nearest"], "tokenize")]
+    workers = [Worker("ours", "exact", [a.program, "bench", "--serve", "--device", "cpu", "--shapes", "nearest"], "tokenize")]
     for precision in PRECISIONS:
         command = [sys.executable, HERE / "worker.py", "nearest", precision, "nearest", file, scratch]
         workers.append(Worker("nearest", precision, command, "nearest"))

@@ -48,7 +48,7 @@ def ours(program, network, weights, images, others):
         files = [f"{scratch}/in.safetensors", f"{scratch}/out.safetensors"]
         save_file({"images": images.contiguous(), "others": others.contiguous().clone()}, files[0])
         order = " ".join(map(str, ["perceptual", network, weights, *files])) + "\n"
-        done = subprocess.run([program, "bench", "--serve", "--shapes", "shipped"], input=order * ROUNDS, text=True, check=True, capture_output=True)
+        done = subprocess.run([program, "bench", "--serve", "--device", "cpu", "--shapes", "shipped"], input=order * ROUNDS, text=True, check=True, capture_output=True)
         seconds = [float(line.split('"seconds":')[1].split(",")[0]) for line in done.stdout.splitlines()[1:]]
         out = load_file(files[1])
     return out["values"], out["gradient"], min(seconds)

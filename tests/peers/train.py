@@ -68,7 +68,7 @@ checkpoint_every = 0
 [groups]
 {groups}
 """)
-    words = ["train", "--config", folder / "train.toml", "--data", folder / "photos", "--output-dir", out]
+    words = ["train", "--config", folder / "train.toml", "--data", folder / "photos", "--output-dir", out, "--device", "cpu"]
     subprocess.run([PROGRAM, *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [line["images_per_step"] / line["images_per_second"] for line in lines if "images_per_second" in line][WARM:]

@@ -11,6 +11,7 @@ use super::{BINARY, Bench, fails_with, stderr, succeeds};
 /// A run on these places.
 fn train(bench: &Bench, run: &str, places: &[&str], more: &[&str]) -> std::process::Output {
     let mut command = Command::new(BINARY);
+    command.env("VQRAE_DEVICE", "cpu");
     command.arg("train").arg("--config").arg(bench.path("config.toml")).arg("--data").args(places);
     command.arg("--output-dir").arg(bench.path(run)).args(["--set", "train.steps=3"]).args(more);
     command.current_dir(bench.path("")).stdin(Stdio::null()).output().expect("the binary")

@@ -1,205 +1,173 @@
-//! Files are read on worker threads ahead of the model and written on another behind it, through bounded channels, and in
-//! their order.
+//! One image, decoded and prepared, and batches of them as the model takes them.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::thread::Scope;
+use anyhow::{Result, bail};
+use vqrae::image::{self, Limits, Preprocessor, Rgb};
+use vqrae::{DType, Device, Tensor, Vqrae};
 
-use anyhow::{Context, Result, bail};
-use vqrae::image::{self, Limits, Rgb};
-use vqrae::{Tensor, Vqrae};
-
+use crate::alike::Alike;
+use crate::pipeline::Pace;
 use crate::plan::Input;
-use crate::report::{Exit, Progress};
-use crate::view::View;
+use crate::view::{ImageArgs, View};
 
 /// An image as the model takes it.
 pub(crate) struct Loaded {
     /// Rows and columns.
     pub(crate) size: (usize, usize),
-    /// Normalised, `[3, H, W]`.
-    pub(crate) pixels: Vec<f32>,
+    pixels: Pixels,
 }
 
-/// Decodes one image and prepares it for each view, or says what is wrong with it.
-pub(crate) fn load(input: &Input, views: &[View], limits: &Limits) -> Result<Vec<Loaded>, String> {
-    let image = image::open(&input.path, limits).map_err(|error| error.to_string())?;
-    let load = |view: &View| Ok(prepare(&image, view)?.0);
-    views.iter().map(load).collect::<Result<_, image::ErrorKind>>().map_err(|error| error.to_string())
+/// Of an image, or of several of one size, one after the other.
+enum Pixels {
+    /// `[3, H, W]`, as the encoder takes them.
+    Normalised(Vec<f32>),
+    /// `[H, W, 3]`, as the file has them, a quarter as long: a GPU is sent these and normalises them itself.
+    Levels(Vec<u8>),
 }
 
-fn prepare(image: &Rgb, view: &View) -> Result<(Loaded, Rgb), image::ErrorKind> {
-    let prepared = view.preprocessor.prepare(image)?;
-    let size = (prepared.height, prepared.width);
-    Ok((Loaded { size, pixels: view.preprocessor.normalize(&prepared) }, prepared))
+/// What the pixels of a [`Loaded`] are.
+#[derive(Debug, Clone, Copy)]
+enum Form {
+    Normalised,
+    Levels,
 }
 
-/// [`load`], and the same views at the sizes of their reconstructions, to compare with.
-pub(crate) fn load_beside(input: &Input, views: &[View], limits: &Limits) -> Result<Vec<(Loaded, Rgb)>, String> {
-    let image = image::open(&input.path, limits).map_err(|error| error.to_string())?;
-    let load = |view: &View| {
-        let (loaded, prepared) = prepare(&image, view)?;
-        let painted = view.painted(loaded.size);
-        let original = if painted == loaded.size { prepared } else { view.preprocessor.prepare_at(&image, painted)? };
-        Ok((loaded, original))
-    };
-    views.iter().map(load).collect::<Result<_, image::ErrorKind>>().map_err(|error| error.to_string())
+/// How images are read: for which views, up to which size, and for which device.
+pub(crate) struct Reading {
+    pub(crate) views: Vec<View>,
+    limits: Limits,
+    form: Form,
 }
 
-/// What `compute` makes of each of `items`, in their order. It is given items of one `kind` at a time, `most` at most: a
-/// batch holds images of one size, and the photos of one folder may have many.
-pub(crate) fn each_alike<T, K: PartialEq, R>(
-    items: &[T],
-    most: usize,
-    kind: impl Fn(&T) -> K,
-    mut compute: impl FnMut(&[&T]) -> Result<Vec<R>>,
-) -> Result<Vec<R>> {
-    let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
-    let mut left: Vec<usize> = (0..items.len()).collect();
-    while let Some(&first) = left.first() {
-        let wanted = kind(&items[first]);
-        let (alike, others): (Vec<_>, Vec<_>) = left.into_iter().partition(|&i| kind(&items[i]) == wanted);
-        for chunk in alike.chunks(most.max(1)) {
-            let made = compute(&chunk.iter().map(|&i| &items[i]).collect::<Vec<_>>())?;
-            if made.len() != chunk.len() {
-                bail!("{} results of {} items", made.len(), chunk.len());
-            }
-            chunk.iter().zip(made).for_each(|(&i, made)| results[i] = Some(made));
-        }
-        left = others;
+impl Reading {
+    /// For a model's own device.
+    pub(crate) fn new(images: &ImageArgs, model: &Vqrae) -> Result<Self> {
+        let form = if model.device().is_cpu() { Form::Normalised } else { Form::Levels };
+        Ok(Self { views: images.views(model)?, limits: images.limits(), form })
     }
-    Ok(results.into_iter().flatten().collect())
+
+    /// Decodes one image and prepares it for each view, or says what is wrong with it.
+    pub(crate) fn load(&self, input: &Input) -> Result<Vec<Loaded>, String> {
+        self.each_view(input, |image, view| Ok(self.prepare(image, view)?.0))
+    }
+
+    /// [`load`](Self::load), and the same views at the sizes of their reconstructions, to compare with.
+    pub(crate) fn load_beside(&self, input: &Input) -> Result<Vec<(Loaded, Rgb)>, String> {
+        self.each_view(input, |image, view| {
+            let (loaded, prepared) = self.prepare(image, view)?;
+            let painted = view.painted(loaded.size);
+            let same = painted == loaded.size;
+            Ok((loaded, if same { prepared } else { view.preprocessor.prepare_at(image, painted)? }))
+        })
+    }
+
+    fn each_view<T>(
+        &self,
+        input: &Input,
+        load: impl Fn(&Rgb, &View) -> Result<T, image::ErrorKind>,
+    ) -> Result<Vec<T>, String> {
+        let image = image::open(&input.path, &self.limits).map_err(|error| error.to_string())?;
+        self.views.iter().map(|view| load(&image, view)).collect::<Result<_, _>>().map_err(|error| error.to_string())
+    }
+
+    fn prepare(&self, image: &Rgb, view: &View) -> Result<(Loaded, Rgb), image::ErrorKind> {
+        let prepared = view.preprocessor.prepare(image)?;
+        let size = (prepared.height, prepared.width);
+        let pixels = match self.form {
+            Form::Normalised => Pixels::Normalised(view.preprocessor.normalize(&prepared)),
+            Form::Levels => Pixels::Levels(prepared.data.clone()),
+        };
+        Ok((Loaded { size, pixels }, prepared))
+    }
 }
 
-/// One batch of pixels, `[B, 3, H, W]`, of images of one size. Where results could depend on the batch, the last one is
-/// filled up with black to the size of the others: take the first images of what comes out.
-pub(crate) fn stack<'a>(
-    images: impl ExactSizeIterator<Item = &'a Loaded>,
+impl Loaded {
+    /// The pixels, of which none are left behind: a batch that is put together is not held twice.
+    fn take(&mut self) -> Self {
+        let none = match &self.pixels {
+            Pixels::Normalised(_) => Pixels::Normalised(Vec::new()),
+            Pixels::Levels(_) => Pixels::Levels(Vec::new()),
+        };
+        Self { size: self.size, pixels: std::mem::replace(&mut self.pixels, none) }
+    }
+}
+
+/// The pixels of a batch's images, those of one size together, on the host.
+pub(crate) fn stack_alike<'a>(
+    images: impl Iterator<Item = &'a mut Loaded>,
     model: &Vqrae,
     pace: Pace,
-) -> Result<Tensor> {
+) -> Result<Alike<Tensor>> {
+    let images: Vec<Loaded> = images.map(Loaded::take).collect();
+    Alike::of(&images, pace.batch_size, |image| image.size, |alike| stack(alike, model, pace))
+}
+
+/// One batch of images of one size, on the host: f32 `[B, 3, H, W]`, or u8 `[B, H, W, 3]`. Where results could depend on
+/// the batch, the last one is filled up with zeros to the size of the others: take the first images of what comes out.
+fn stack(images: &[&Loaded], model: &Vqrae, pace: Pace) -> Result<Tensor> {
     let count = if model.is_batch_invariant() { images.len() } else { images.len().max(pace.batch_size) };
-    let mut pixels = Vec::new();
-    let mut size = (0, 0);
-    for loaded in images {
-        pixels.extend_from_slice(&loaded.pixels);
-        size = loaded.size;
-    }
-    pixels.resize(count * 3 * size.0 * size.1, 0.0);
-    Ok(Tensor::from_vec(pixels, (count, 3, size.0, size.1), model.device())?)
-}
-
-/// How a pass over files reads them.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Pace {
-    pub(crate) workers: usize,
-    pub(crate) batch_size: usize,
-}
-
-/// What the thread that writes is told, in the order of the files.
-enum Event<'a, T, R> {
-    Unreadable(&'a Input, String),
-    Computed(Vec<(&'a Input, T)>, R),
-}
-
-/// Reads `inputs`, hands them to `compute` in batches, and what comes of each to `write` on a thread of its own, all in
-/// order. A file that cannot be read is reported and left out; after Ctrl-C the batch at hand is the last. Progress counts
-/// what is written.
-pub(crate) fn each_batch<T: Send, R: Send>(
-    inputs: &[Input],
-    pace: Pace,
-    progress: &mut Progress,
-    read: impl Fn(&Input) -> Result<T, String> + Sync,
-    mut compute: impl FnMut(&[(&Input, T)]) -> Result<R>,
-    mut write: impl FnMut(&[(&Input, T)], R) -> Result<()> + Send,
-) -> Result<Exit> {
-    std::thread::scope(|scope| {
-        let queues = spawn_readers(scope, inputs, pace, &read);
-        let (events, received) = sync_channel(1);
-        let writer = scope.spawn(move || {
-            for event in received {
-                match event {
-                    Event::Unreadable(input, reason) => progress.skip(input, &reason)?,
-                    Event::Computed(batch, result) => {
-                        write(&batch, result)?;
-                        progress.advance(batch.len());
-                    }
-                }
-            }
-            anyhow::Ok(())
-        });
-        let mut exit = Exit::Success;
-        let mut batch = Vec::new();
-        for (i, input) in inputs.iter().enumerate() {
-            if interrupted() {
-                exit = Exit::Interrupted;
-                break;
-            }
-            let event = match queues[i % pace.workers].recv().context("a reading thread ended early")? {
-                Err(reason) => Some(Event::Unreadable(input, reason)),
-                Ok(loaded) => {
-                    batch.push((input, loaded));
-                    None
-                }
-            };
-            // A writer that hangs up has failed: its own error is the one to tell.
-            if event.is_some_and(|event| events.send(event).is_err()) {
-                break;
-            }
-            let last = i + 1 == inputs.len();
-            if batch.len() == pace.batch_size || last && !batch.is_empty() {
-                let batch = std::mem::take(&mut batch);
-                let result = compute(&batch)?;
-                if events.send(Event::Computed(batch, result)).is_err() {
-                    break;
-                }
-            }
+    let Some(first) = images.first() else { bail!("a batch of no images") };
+    let (h, w) = first.size;
+    let (mut values, mut levels) = (Vec::new(), Vec::new());
+    for image in images {
+        match &image.pixels {
+            Pixels::Normalised(pixels) => values.extend_from_slice(pixels),
+            Pixels::Levels(pixels) => levels.extend_from_slice(pixels),
         }
-        drop(events);
-        writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok(exit)
+    }
+    Ok(match first.pixels {
+        Pixels::Normalised(_) => {
+            values.resize(count * 3 * h * w, 0.0);
+            Tensor::from_vec(values, (count, 3, h, w), &Device::Cpu)?
+        }
+        Pixels::Levels(_) => {
+            levels.resize(count * 3 * h * w, 0);
+            Tensor::from_vec(levels, (count, h, w, 3), &Device::Cpu)?
+        }
     })
 }
 
-/// Worker k reads the files k, k + n, k + 2n, …: taking turns at the queues keeps the order, and bounds what waits.
-fn spawn_readers<'scope, T: Send + 'scope>(
-    scope: &'scope Scope<'scope, '_>,
-    inputs: &'scope [Input],
-    pace: Pace,
-    read: &'scope (impl Fn(&Input) -> Result<T, String> + Sync),
-) -> Vec<Receiver<Result<T, String>>> {
-    let ahead = pace.batch_size.div_ceil(pace.workers);
-    let spawn = |worker: usize| {
-        let (sender, receiver) = sync_channel(ahead);
-        scope.spawn(move || {
-            for input in inputs.iter().skip(worker).step_by(pace.workers) {
-                // Whatever a decoder does with a hostile file, the other files go on.
-                let result = catch_unwind(AssertUnwindSafe(|| read(input)))
-                    .unwrap_or_else(|_| Err("the decoder failed on it".to_string()));
-                if sender.send(result).is_err() {
-                    break;
-                }
-            }
-        });
-        receiver
-    };
-    (0..pace.workers).map(spawn).collect()
+/// A [`stack`] on the model's device, normalised: f32 `[B, 3, H, W]`.
+pub(crate) fn upload(stack: &Tensor, model: &Vqrae) -> Result<Tensor> {
+    let pixels = stack.to_device(model.device())?;
+    Ok(match pixels.dtype() {
+        DType::U8 => normalised(&pixels, model.preprocessor())?,
+        _ => pixels,
+    })
 }
 
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// What [`Preprocessor::normalize`] makes of pixels u8 `[B, H, W, 3]`, on their device: f32 `[B, 3, H, W]`, the same bits.
+fn normalised(pixels: &Tensor, preprocessor: &Preprocessor) -> candle_core::Result<Tensor> {
+    let (b, h, w, _) = pixels.dims4()?;
+    // Every level in every channel: its place in `table` is the channel's, then the level.
+    let levels = Rgb { width: 256, height: 1, data: (0..=255).flat_map(|level| [level; 3]).collect() };
+    let table = Tensor::from_vec(preprocessor.normalize(&levels), 3 * 256, pixels.device())?;
+    let channels = Tensor::new(&[0u32, 256, 512], pixels.device())?;
+    let places = pixels.to_dtype(DType::U32)?.broadcast_add(&channels)?;
+    table.index_select(&places.flatten_all()?, 0)?.reshape((b, h, w, 3))?.permute((0, 3, 1, 2))?.contiguous()
+}
 
-/// From here on Ctrl-C and SIGTERM end a run after the batch at hand; the second time, at once.
-pub(crate) fn catch_interrupts() -> Result<()> {
-    let handler = || {
-        if INTERRUPTED.swap(true, Ordering::Relaxed) {
-            std::process::exit(Exit::Interrupted.code().into());
+#[cfg(test)]
+mod tests {
+    use vqrae::image::Resample;
+
+    use super::*;
+
+    #[test]
+    fn a_device_normalises_to_the_bits_of_the_host() {
+        let uneven = Preprocessor {
+            image_mean: [0.485, 0.456, 0.406],
+            image_std: [0.229, 0.224, 0.225],
+            ..Preprocessor::siglip(32, Resample::Bicubic)
+        };
+        let plain = Preprocessor { do_normalize: false, ..uneven.clone() };
+        let data: Vec<u8> = (0..16 * 20 * 3).map(|i| (i * 7 % 256) as u8).collect();
+        let image = Rgb { width: 20, height: 16, data: data.clone() };
+        for preprocessor in [uneven, plain] {
+            let host = preprocessor.normalize(&image);
+            let pixels = Tensor::from_vec([data.clone(), data.clone()].concat(), (2, 16, 20, 3), &Device::Cpu).unwrap();
+            let device = normalised(&pixels, &preprocessor).unwrap();
+            assert_eq!(device.dims(), [2, 3, 16, 20]);
+            assert_eq!(device.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [host.clone(), host].concat());
         }
-    };
-    ctrlc::set_handler(handler).context("the handler of Ctrl-C could not be set")
-}
-
-/// Whether Ctrl-C or SIGTERM has come.
-pub(crate) fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::Relaxed)
+    }
 }

@@ -3,12 +3,17 @@
 //! Words become a checked plan (`plan`), the plan is carried out (`commands`), and what happens is told in one place
 //! (`report`). `main` turns the result into an exit code.
 
+mod alike;
 mod atlas;
 mod commands;
+mod device;
 mod figure;
 mod hub;
+mod interrupts;
 mod load;
+mod memory;
 mod output;
+mod pipeline;
 mod plan;
 mod report;
 mod sheet;

@@ -10,8 +10,9 @@ use globset::{GlobBuilder, GlobMatcher};
 use vqrae::{Device, Vqrae, codes};
 use walkdir::{DirEntry, WalkDir};
 
+use crate::device::DeviceArgs;
 use crate::hub;
-use crate::load::Pace;
+use crate::pipeline::Pace;
 
 /// What a folder is searched for; a file that is named itself is taken whatever it is called.
 const IMAGE_EXTENSIONS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"];
@@ -26,9 +27,8 @@ pub(crate) struct ModelArgs {
     /// HF_HUB_OFFLINE are honoured.
     #[arg(long, value_name = "FOLDER|OWNER/NAME")]
     pub(crate) model: Option<PathBuf>,
-    /// Where to compute: cpu, cuda, or cuda:1 for the second card
-    #[arg(long, default_value = "cpu", value_name = "cpu|cuda")]
-    device: DeviceName,
+    #[command(flatten)]
+    devices: DeviceArgs,
     /// Number format to multiply in; sums are f32 and the nearest code is exact in any
     ///
     /// `auto` is bf16 where the processor multiplies bf16 numbers faster than f32 ones (AVX512-BF16, AMX, CUDA), and f32
@@ -40,13 +40,21 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// Opens the model.
+    /// Opens the model, on one device.
     pub(crate) fn open(&self) -> Result<Vqrae> {
-        let device = self.device.open()?;
-        let dtype = self.dtype.on(&device)?;
+        self.open_on(&self.devices.device.open_one()?)
+    }
+
+    /// Opens the model on each of the devices.
+    pub(crate) fn open_all(&self) -> Result<Vec<Vqrae>> {
+        self.devices.device.open_all()?.iter().map(|device| self.open_on(device)).collect()
+    }
+
+    fn open_on(&self, device: &Device) -> Result<Vqrae> {
+        let dtype = self.dtype.on(device)?;
         match &self.model {
-            Some(word) => Ok(Vqrae::from_pretrained(hub::folder(word)?, &device, dtype)?),
-            None => shipped(&device, dtype),
+            Some(word) => Ok(Vqrae::from_pretrained(hub::folder(word)?, device, dtype)?),
+            None => shipped(device, dtype),
         }
     }
 }
@@ -61,39 +69,6 @@ pub(crate) fn shipped(device: &Device, dtype: vqrae::DType) -> Result<Vqrae> {
 #[cfg(not(feature = "shipped-model"))]
 pub(crate) fn shipped(_: &Device, _: vqrae::DType) -> Result<Vqrae> {
     bail!("this build carries no model; name one with --model FOLDER, or build with --features shipped-model")
-}
-
-#[derive(Debug, Clone, Copy)]
-enum DeviceName {
-    Cpu,
-    Cuda(usize),
-}
-
-impl std::str::FromStr for DeviceName {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once(':') {
-            None if text == "cpu" => Ok(Self::Cpu),
-            None if text == "cuda" => Ok(Self::Cuda(0)),
-            Some(("cuda", number)) => {
-                number.parse().map(Self::Cuda).map_err(|_| format!("{number:?} is not a card's number"))
-            }
-            _ => Err("expected: cpu, cuda or cuda:N".to_string()),
-        }
-    }
-}
-
-impl DeviceName {
-    fn open(self) -> Result<Device> {
-        match self {
-            Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda(_) if !cfg!(feature = "cuda") => {
-                bail!("this build has no CUDA; build with --features cuda, or pass --device cpu")
-            }
-            Self::Cuda(number) => Device::new_cuda(number).with_context(|| format!("cuda:{number} could not be used")),
-        }
-    }
 }
 
 #[derive(ValueEnum, Debug, Clone, Copy)]

@@ -116,6 +116,8 @@ pub(crate) struct Summary {
     resumed: usize,
     seconds: f64,
     images_per_second: f64,
+    /// Where: `cpu`, `cuda:0`, `cuda:0,1`.
+    device: String,
     #[serde(flatten)]
     quality: Quality,
 }
@@ -227,8 +229,8 @@ impl Progress {
         self.note(&format!("interrupted: {finished} of {} files are done and whole; {next_step}", self.total));
     }
 
-    /// The summary, and how the run ended as far as skipped files go.
-    pub(crate) fn finish(self, quality: Quality) -> (Summary, Exit) {
+    /// The summary of a run on `device`, and how the run ended as far as skipped files go.
+    pub(crate) fn finish(self, device: String, quality: Quality) -> (Summary, Exit) {
         self.bar.finish_and_clear();
         if self.skipped > 0 {
             say(&format!("{} could not be read; see {}", files(self.skipped), self.errors.path.display()));
@@ -240,6 +242,7 @@ impl Progress {
             resumed: self.resumed,
             seconds: round(self.started.elapsed().as_secs_f64()),
             images_per_second: round(self.rate()),
+            device,
             quality,
         };
         (summary, if self.skipped > 0 { Exit::Skipped } else { Exit::Success })

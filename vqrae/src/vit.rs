@@ -63,6 +63,8 @@ pub(crate) struct Attention {
     pub(crate) k_proj: Linear,
     pub(crate) v_proj: Linear,
     pub(crate) out_proj: Linear,
+    /// q, k and v as one layer, where one product is faster; they are views of it then.
+    qkv: Option<Linear>,
     /// The norms of q and k, if any.
     pub(crate) qk_norms: Option<(Norm, Norm)>,
     heads: usize,
@@ -76,10 +78,16 @@ impl Attention {
             false => Linear::load(vb.pp(name), d, d),
         };
         let norm = |name: &str| Norm::load(vb.pp(name), d, config.layer_norm_eps, true);
+        let (mut q_proj, mut k_proj, mut v_proj) = (input("q_proj")?, input("k_proj")?, input("v_proj")?);
+        let qkv = match style.qk_norm {
+            true => None,
+            false => Linear::side_by_side([&mut q_proj, &mut k_proj, &mut v_proj])?,
+        };
         Ok(Self {
-            q_proj: input("q_proj")?,
-            k_proj: input("k_proj")?,
-            v_proj: input("v_proj")?,
+            q_proj,
+            k_proj,
+            v_proj,
+            qkv,
             out_proj: Linear::load(vb.pp("out_proj"), d, d)?,
             qk_norms: style
                 .qk_norm
@@ -91,17 +99,27 @@ impl Attention {
 
     /// What every token of `x` finds in those of `context`, as many; in self-attention they are the same.
     pub(crate) fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        self.out_proj.forward(&self.heads_of(x, context)?)
+    }
+
+    /// The heads' outputs side by side, `[B, N, D]`.
+    fn heads_of(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let precision = self.out_proj.precision;
+        if let Some(qkv) = self.qkv.as_ref().filter(|_| x.id() == context.id()) {
+            return ops::attention_of_all(precision, &qkv.forward(x)?, self.heads);
+        }
         let (mut q, mut k) = (self.q_proj.forward(x)?, self.k_proj.forward(context)?);
         let v = self.v_proj.forward(context)?;
         if let Some((q_norm, k_norm)) = &self.qk_norms {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
-        self.out_proj.forward(&ops::attention(self.out_proj.precision, &q, &k, &v, self.heads)?)
+        ops::attention(precision, &q, &k, &v, self.heads)
     }
 
     fn multiply_in(&mut self, precision: Precision) {
-        let Self { q_proj, k_proj, v_proj, out_proj, .. } = self;
-        [q_proj, k_proj, v_proj, out_proj].into_iter().for_each(|linear| linear.multiply_in(precision));
+        let Self { q_proj, k_proj, v_proj, qkv, out_proj, .. } = self;
+        let all = [q_proj, k_proj, v_proj, out_proj].into_iter().chain(qkv);
+        all.for_each(|linear| linear.multiply_in(precision));
     }
 }
 
@@ -123,14 +141,17 @@ impl Mlp {
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let hidden = self.fc1.forward(x)?;
-        match self.activation {
-            Activation::GeluTanh => self.fc2.after_gelu(GeluForm::Tanh, &hidden),
-            Activation::Gelu => self.fc2.after_gelu(GeluForm::Erf, &hidden),
-            Activation::SwiGlu => {
-                let halves = hidden.chunk(2, candle_core::D::Minus1)?;
-                self.fc2.forward(&(halves[0].silu()? * &halves[1])?)
-            }
+        if let (Some(form), false) = (self.activation.gelu(), ops::ends(x, &self.fc1)) {
+            return self.fc2.after_gelu(form, &self.fc1.forward(x)?);
+        }
+        self.fc2.forward(&self.hidden(x)?)
+    }
+
+    /// What the second layer is given.
+    fn hidden(&self, x: &Tensor) -> Result<Tensor> {
+        match self.activation.gelu() {
+            Some(form) => self.fc1.then_gelu(form, x),
+            None => ops::gate(&self.fc1.forward(x)?),
         }
     }
 }
@@ -143,6 +164,15 @@ impl Mlp {
 }
 
 impl Activation {
+    /// Its form of GELU, if it is one.
+    fn gelu(self) -> Option<GeluForm> {
+        match self {
+            Self::GeluTanh => Some(GeluForm::Tanh),
+            Self::Gelu => Some(GeluForm::Erf),
+            Self::SwiGlu => None,
+        }
+    }
+
     /// What the MLP's first layer puts out for a second layer that takes `width`.
     pub(crate) fn width_before(self, width: usize) -> usize {
         if self == Self::SwiGlu { 2 * width } else { width }
@@ -177,13 +207,20 @@ impl Block {
 
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let normed = self.layer_norm1.forward(x)?;
-        let attended = self.self_attn.forward(&normed, &normed)?;
-        let Some((scale1, scale2)) = &self.layer_scales else {
-            let x = (x + attended)?;
-            return &x + self.mlp.forward(&self.layer_norm2.forward(&x)?)?;
-        };
-        let x = (x + attended.broadcast_mul(scale1)?)?;
-        &x + self.mlp.forward(&self.layer_norm2.forward(&x)?)?.broadcast_mul(scale2)?
+        match &self.layer_scales {
+            None if ops::ends(x, &self.mlp.fc2) => {
+                let x = self.self_attn.out_proj.onto(x, &self.self_attn.heads_of(&normed, &normed)?)?;
+                self.mlp.fc2.onto(&x, &self.mlp.hidden(&self.layer_norm2.forward(&x)?)?)
+            }
+            None => {
+                let x = (x + self.self_attn.forward(&normed, &normed)?)?;
+                &x + self.mlp.forward(&self.layer_norm2.forward(&x)?)?
+            }
+            Some((scale1, scale2)) => {
+                let x = ops::add_scaled(x, &self.self_attn.forward(&normed, &normed)?, scale1)?;
+                ops::add_scaled(&x, &self.mlp.forward(&self.layer_norm2.forward(&x)?)?, scale2)
+            }
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 //! another crate keeps on the device is used where it lies.
 
 mod libraries;
+mod nearest;
 pub mod training;
 
 use std::collections::HashMap;
@@ -17,6 +18,7 @@ use cudarc::cublas::CudaBlas;
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, LaunchArgs, LaunchConfig};
 use cudarc::nvrtc::Ptx;
 pub use libraries::missing;
+pub use nearest::{Codebook, Method, Mode};
 
 use crate::Error;
 
@@ -31,6 +33,8 @@ pub struct Gpu {
     modules: Vec<Arc<CudaModule>>,
     functions: Mutex<HashMap<&'static str, CudaFunction>>,
     blas: OnceLock<CudaBlas>,
+    /// Whether tensor cores were seen to sum within the bound.
+    sums_held: OnceLock<bool>,
     processors: u32,
 }
 
@@ -83,7 +87,14 @@ impl Gpu {
         let load = |image: &&[u8]| context.load_module(Ptx::from_binary(image.to_vec()));
         let modules = IMAGES.iter().map(load).collect::<Result<_, _>>()?;
         let processors = u32::try_from(context.attribute(PROCESSORS)?).unwrap_or(1).max(1);
-        Ok(Self { stream, modules, functions: Mutex::default(), blas: OnceLock::new(), processors })
+        Ok(Self {
+            stream,
+            modules,
+            functions: Mutex::default(),
+            blas: OnceLock::new(),
+            sums_held: OnceLock::new(),
+            processors,
+        })
     }
 
     /// Where everything runs, in order.
@@ -164,17 +175,16 @@ fn describe(error: &DriverError) -> String {
     format!("CUDA: {:?}", error.0)
 }
 
-/// A GPU for a test, `None` where there is none; where `VQRAE_REQUIRE_GPU` is set that is a failure.
+/// A GPU for tests, or `None` where there is none and the test can only be left out.
+///
+/// `VQRAE_REQUIRE_GPU` set, a missing GPU fails the test: where one is meant to be, tests must not pass by doing nothing.
 #[cfg(test)]
 pub(crate) fn test_gpu() -> Option<Arc<Gpu>> {
-    match Gpu::open(0) {
-        Ok(gpu) => Some(gpu),
+    static GPU: OnceLock<Result<Arc<Gpu>, Error>> = OnceLock::new();
+    match GPU.get_or_init(|| Gpu::open(0)) {
+        Ok(gpu) => Some(gpu.clone()),
         Err(error) => {
-            assert!(std::env::var_os("VQRAE_REQUIRE_GPU").is_none(), "{error}");
-            #[allow(clippy::print_stderr)]
-            {
-                eprintln!("skipped: {error}");
-            }
+            assert!(std::env::var_os("VQRAE_REQUIRE_GPU").is_none(), "VQRAE_REQUIRE_GPU is set, and: {error}");
             None
         }
     }

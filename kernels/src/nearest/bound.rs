@@ -38,6 +38,12 @@
 //!      n = 3⌈D/2⌉ and u' = 2⁻²³. Products and sums lose less than 2⁻¹²⁶ each by flushing, grown by at most 8/7 later:
 //!      λ = 2⁻¹²⁴. A flushed element changes its product by less than 2⁻¹²⁶ times the other factor: τ = 2⁻¹²⁵.
 //!      Widening to f32 and summing there is within this bound too.
+//!    - *GPU*, fp16: products are exact. A tensor core takes the sum so far and blocks of B >= 4 products, aligns them to the
+//!      largest magnitude, cuts them off at 2⁻²³⁻ᵉ of it (e >= 0 extra bits) and rounds the result towards zero. NVIDIA
+//!      documents none of this; the form is that of published bit-accurate models (arXiv 2512.07004), of which (4, 0) is the
+//!      coarsest: (B + 1)2⁻²³⁻ᵉ + 2⁻²² a block is at most 1.75D·2⁻²³ in all. η = D·2⁻²² / (1 - D·2⁻²²) leaves room for the
+//!      additions of a split D. Scales are powers of two, so nothing is lost to them but below f32: λ = 2⁻¹⁴⁹, τ = 0. A
+//!      device is asked once to multiply vectors that are hard to sum, and is not used if it misses this bound.
 //! 6. *Last roundings.* |s_k - (p_k + α·g_k + b'_k)| <= 1.01u(|p_k| + 3|α·g_k| + 2|b'_k|) + 2⁻¹⁴⁹.
 //!
 //! With |g_k| <= 1.02|c'_k|, |p_k| <= (1 + η)|w~||c~_k| + …, η <= 1/7, and 2⁻¹⁴⁹ <= λ, their sum is at most
@@ -70,7 +76,7 @@ const SLACK: f64 = 1.0 + power_of_two(-20);
 const TINY: f64 = power_of_two(-149);
 
 /// Sums of magnitudes below this cannot overflow f32, whatever their roundings.
-pub(super) const SAFE: f64 = power_of_two(126);
+pub(crate) const SAFE: f64 = power_of_two(126);
 
 const fn power_of_two(exponent: i64) -> f64 {
     f64::from_bits(((exponent + 1023) as u64) << 52)
@@ -84,7 +90,7 @@ pub(super) trait Screened: Element {
 
 /// Errors of a sum of products: η, λ and τ of the [proof](self).
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Sums {
+pub(crate) struct Sums {
     relative: f64,
     lost: f64,
     flushed: f64,
@@ -92,8 +98,8 @@ pub(super) struct Sums {
 
 impl Sums {
     /// What a sum may be off by, for factors of these norms.
-    #[cfg(test)]
-    pub(super) fn bound(self, w: f64, c: f64, width: usize) -> f64 {
+    #[cfg(any(test, feature = "cuda"))]
+    pub(crate) fn bound(self, w: f64, c: f64, width: usize) -> f64 {
         let root = (width as f64).sqrt();
         self.relative * w * c + self.lost * width as f64 + self.flushed * root * (w + c)
     }
@@ -103,6 +109,18 @@ impl Screened for f32 {
     fn sums(width: usize) -> Option<Sums> {
         Some(Sums { relative: gamma(width as f64 * U32)?, lost: TINY, flushed: 0.0 })
     }
+}
+
+/// Sums of products of fp16 by tensor cores of compute capability 8.0 and later: see *GPU* in the [proof](self).
+#[cfg(feature = "cuda")]
+pub(crate) fn tensor_core_sums(width: usize) -> Option<Sums> {
+    Some(Sums { relative: gamma(width as f64 * 4.0 * U32)?, lost: TINY, flushed: 0.0 })
+}
+
+/// Sums of products of f32, in any order.
+#[cfg(feature = "cuda")]
+pub(crate) fn plain_sums(width: usize) -> Option<Sums> {
+    f32::sums(width)
 }
 
 impl Screened for Bf16 {
@@ -120,19 +138,19 @@ fn gamma(x: f64) -> Option<f64> {
 
 /// Largest magnitudes over the columns of one tile, from which its bound follows.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Extent {
+pub(crate) struct Extent {
     /// |c|
-    pub(super) code: f64,
+    pub(crate) code: f64,
     /// |c'|
-    pub(super) centred: f64,
+    pub(crate) centred: f64,
     /// |c~|
-    pub(super) rounded: f64,
+    pub(crate) rounded: f64,
     /// |e|
-    pub(super) error: f64,
+    pub(crate) error: f64,
     /// |b|
-    pub(super) bias: f64,
+    pub(crate) bias: f64,
     /// |b'|
-    pub(super) centred_bias: f64,
+    pub(crate) centred_bias: f64,
 }
 
 impl Extent {
@@ -171,7 +189,7 @@ impl Reach {
 
 /// The bound of one tile: ε is a weighted sum of a token's part of [`Reach`], and an offset.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Bound {
+pub(crate) struct Bound {
     token: f64,
     error: f64,
     rounded: f64,
@@ -179,7 +197,7 @@ pub(super) struct Bound {
 }
 
 impl Bound {
-    pub(super) fn new(extent: Extent, sums: Sums, width: usize) -> Self {
+    pub(crate) fn new(extent: Extent, sums: Sums, width: usize) -> Self {
         let Extent { code, centred, rounded, error, bias, centred_bias } = extent;
         let (width, root) = (width as f64, (width as f64).sqrt());
         let contract = 2.0 * U64 * (width + 2.0);
@@ -191,6 +209,12 @@ impl Bound {
             offset: SLACK
                 * (3.1 * U32 * centred_bias + contract * bias + flushed * rounded + sums.lost * (2.0 * width + 4.0)),
         }
+    }
+
+    /// The weights of a token's |z|, r and |w~|, and the offset, whose sum is ε.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn weights(&self) -> [f64; 4] {
+        [self.token, self.error, self.rounded, self.offset]
     }
 
     /// ε of token `i`.

@@ -1,3 +1,6 @@
+#[cfg(feature = "cuda")]
+mod on_gpu;
+
 use super::*;
 use crate::cpu::Element;
 
@@ -60,7 +63,7 @@ fn screenings() -> impl Iterator<Item = (Isa, Precision)> {
     Isa::tested().into_iter().flat_map(|isa| [(isa, Precision::Bf16), (isa, Precision::F32)])
 }
 
-/// Searches with every screening and on every vector unit, compares with the reference, and returns the account of the
+/// Searches with every screening, on every vector unit and on a GPU if there is one, compares with the reference, and returns the account of the
 /// best instructions in f32.
 #[track_caller]
 fn assert_exact(rows: &[f32], d: usize, metric: Metric, z: &[f32]) -> Stats {
@@ -78,6 +81,8 @@ fn assert_exact(rows: &[f32], d: usize, metric: Metric, z: &[f32]) -> Stats {
         stats = got.1;
     }
     assert_eq!(stats.rows, expected.len());
+    #[cfg(feature = "cuda")]
+    on_gpu::assert_exact(rows, d, metric, z, &expected);
     stats
 }
 
@@ -460,7 +465,7 @@ fn shuffled(random: &mut Random, len: usize) -> Vec<usize> {
     order
 }
 
-fn reorder(rows: &[f32], d: usize, order: &[usize]) -> Vec<f32> {
+pub(super) fn reorder(rows: &[f32], d: usize, order: &[usize]) -> Vec<f32> {
     order.iter().flat_map(|&row| &rows[row * d..][..d]).copied().collect()
 }
 

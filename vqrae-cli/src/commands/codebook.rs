@@ -16,8 +16,10 @@ use vqrae::{Error, Tensor, Vqrae};
 
 use super::{resized, to_images};
 use crate::atlas::{self, Atlas, Seen};
-use crate::load::{Pace, catch_interrupts, each_batch, interrupted};
+use crate::device;
+use crate::interrupts::{catch_interrupts, interrupted};
 use crate::output::save_png;
+use crate::pipeline::{Pace, each_batch};
 use crate::plan::{self, Input, Inputs, ModelArgs};
 use crate::report::{self, Exit, Progress};
 
@@ -156,7 +158,7 @@ impl Book {
         }
         let (mut files, mut counts) = (0, CodeCounts::new(self.norms.len(), 1));
         let workers = std::thread::available_parallelism().map_or(1, Into::into);
-        let compute = |batch: &[(&Input, Codes)]| {
+        let prepare = |batch: &mut [(&Input, Codes)]| {
             batch.iter().try_for_each(|(input, codes)| Ok(codes.check_model(&input.path, self.model.id())?))
         };
         let write = |batch: &[(&Input, Codes)], ()| {
@@ -165,8 +167,9 @@ impl Book {
             Ok(())
         };
         let read = |input: &Input| self.read(input);
-        let exit = each_batch(&inputs.files, Pace { workers, batch_size: 64 }, &mut progress, read, compute, write)?;
-        let (_, skipped) = progress.finish(report::Quality::default());
+        let pace = Pace { workers, batch_size: 64 };
+        let exit = each_batch(&inputs.files, pace, &mut progress, read, prepare, vec![|()| Ok(())], write)?;
+        let (_, skipped) = progress.finish(device::name(self.model.device()), report::Quality::default());
         if files == 0 && exit == Exit::Success {
             bail!("none of {total} code file(s) could be read; see {}", output.join("errors.jsonl").display());
         }

@@ -5,11 +5,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use vqrae::latent::Statistics;
-use vqrae::{DType, Error, Tensor, Vqrae, codes};
+use vqrae::{DType, Device, Error, Tensor, Vqrae, codes};
 
 use super::{RUN_AGAIN, begin, finish};
-use crate::load::{Loaded, Pace, each_alike, each_batch, load, stack};
+use crate::alike::Alike;
+use crate::device;
+use crate::load::{Loaded, Reading, stack_alike, upload};
+use crate::memory;
 use crate::output::{IfExists, Origin, Output, split_done};
+use crate::pipeline::{Pace, each_batch};
 use crate::plan::{FileArgs, Input, Kind, ModelArgs};
 use crate::report::{Exit, Progress, Quality};
 use crate::view::{ImageArgs, View};
@@ -54,7 +58,7 @@ Examples:
 /// The checked plan, with everything opened.
 struct Job {
     model: Vqrae,
-    views: Vec<View>,
+    reading: Reading,
     pace: Pace,
 }
 
@@ -70,22 +74,22 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
 fn write(args: &Args, folder: &Path) -> Result<Exit> {
     let inputs = args.files.find(Kind::Images, folder)?;
     let job = Job::open(args)?;
-    let output = Output::open(folder, &job.model, &job.views, args.if_exists)?;
+    let output = Output::open(folder, &job.model, &job.reading.views, args.if_exists)?;
     let path = |input: &Input, view: &View| output.path("features", input, view, "safetensors");
     let is_done = |input: &Input| {
-        job.views.iter().try_fold(true, |done, view| Ok(done && output.has(&path(input, view), view, origin)?))
+        job.reading.views.iter().try_fold(true, |done, view| Ok(done && output.has(&path(input, view), view, origin)?))
     };
 
     let (left, resumed) = split_done(inputs.files, is_done)?;
     let mut progress = begin(&args.files, folder.join("errors.jsonl"), left.len(), resumed, &inputs.unreadable)?;
-    let write = |batch: &[(&Input, Vec<Loaded>)], features: Vec<Tensor>| {
-        for ((input, view, loaded), features) in job.images(batch).zip(features) {
+    let write = |batch: &[(&Input, Vec<Loaded>)], features: Alike<Tensor>| {
+        for ((input, view, loaded), features) in job.images(batch).zip(each_image(features)?) {
             codes::write_whole(path(input, view), &job.file(&features, input, output.origin(view), loaded.size)?)?;
         }
         Ok(())
     };
-    let exit = job.each(args, &left, &mut progress, write)?;
-    finish(progress, exit, Quality::default(), RUN_AGAIN)
+    let exit = job.each(&left, &mut progress, write)?;
+    finish(progress, exit, device::name(job.model.device()), Quality::default(), RUN_AGAIN)
 }
 
 /// Writes mean and variance of the features of all images.
@@ -99,17 +103,17 @@ fn count(args: &Args, file: &Path) -> Result<Exit> {
 
     let mut progress = begin(&args.files, errors.into(), inputs.files.len(), 0, &inputs.unreadable)?;
     let mut statistics = Statistics::new(job.model.config().encoder.width());
-    let add = |batch: &[(&Input, Vec<Loaded>)], features: Vec<Tensor>| {
-        for ((input, _, loaded), features) in job.images(batch).zip(features) {
+    let add = |batch: &[(&Input, Vec<Loaded>)], features: Alike<Tensor>| {
+        for ((input, _, loaded), features) in job.images(batch).zip(each_image(features)?) {
             let grid = job.model.grid_of(loaded.size.0, loaded.size.1)?;
             let features = features.flatten_all()?.to_vec1::<f32>()?;
             statistics.add(&features, grid).with_context(|| input.path.display().to_string())?;
         }
         Ok(())
     };
-    let exit = job.each(args, &inputs.files, &mut progress, add)?;
+    let exit = job.each(&inputs.files, &mut progress, add)?;
     if exit != Exit::Interrupted {
-        let Origin { model_id, preprocessing, dtype } = Origin::new(&job.model, &job.views);
+        let Origin { model_id, preprocessing, dtype } = Origin::new(&job.model, &job.reading.views);
         let mut record = BTreeMap::from([
             ("model_id", model_id),
             ("features", job.model.config().encoder.features().to_string()),
@@ -122,27 +126,29 @@ fn count(args: &Args, file: &Path) -> Result<Exit> {
         }
         statistics.write(file, &record).with_context(|| file.display().to_string())?;
     }
-    finish(progress, exit, Quality::default(), "no statistics were written; run the same command again")
+    let device = device::name(job.model.device());
+    finish(progress, exit, device, Quality::default(), "no statistics were written; run the same command again")
 }
 
 impl Job {
     fn open(args: &Args) -> Result<Self> {
         let model = args.model.open()?;
-        let views = args.images.views(&model)?;
-        Ok(Self { model, views, pace: args.files.pace() })
+        let reading = Reading::new(&args.images, &model)?;
+        Ok(Self { model, reading, pace: args.files.pace() })
     }
 
     /// Hands the features of all images to `write`, in the order of the files.
     fn each(
         &self,
-        args: &Args,
         inputs: &[Input],
         progress: &mut Progress,
-        write: impl FnMut(&[(&Input, Vec<Loaded>)], Vec<Tensor>) -> Result<()> + Send,
+        write: impl FnMut(&[(&Input, Vec<Loaded>)], Alike<Tensor>) -> Result<()> + Send,
     ) -> Result<Exit> {
-        let limits = args.images.limits();
-        let read = |input: &Input| load(input, &self.views, &limits);
-        each_batch(inputs, self.pace, progress, read, |batch| self.compute(batch), write)
+        let read = |input: &Input| self.reading.load(input);
+        let prepare = |batch: &mut [(&Input, Vec<Loaded>)]| {
+            stack_alike(batch.iter_mut().flat_map(|(_, views)| views), &self.model, self.pace)
+        };
+        each_batch(inputs, self.pace, progress, read, prepare, vec![|batch| self.compute(batch)], write)
     }
 
     /// The images of a batch, every view of each.
@@ -151,24 +157,15 @@ impl Job {
         batch: &'a [(&Input, Vec<Loaded>)],
     ) -> impl Iterator<Item = (&'a Input, &'a View, &'a Loaded)> {
         let views = |(input, loaded): &'a (&Input, Vec<Loaded>)| {
-            self.views.iter().zip(loaded).map(move |(view, loaded)| (*input, view, loaded))
+            self.reading.views.iter().zip(loaded).map(move |(view, loaded)| (*input, view, loaded))
         };
         batch.iter().flat_map(views)
     }
 
-    /// The features f32 `[N, D]` of each image and each view of it.
-    fn compute(&self, batch: &[(&Input, Vec<Loaded>)]) -> Result<Vec<Tensor>> {
-        let images: Vec<&Loaded> = batch.iter().flat_map(|(_, views)| views).collect();
-        each_alike(
-            &images,
-            self.pace.batch_size,
-            |image| image.size,
-            |alike| {
-                let pixels = stack(alike.iter().map(|image| **image), &self.model, self.pace)?;
-                let features = self.model.encode(&pixels)?.to_dtype(DType::F32)?;
-                (0..alike.len()).map(|i| Ok(features.get(i)?)).collect()
-            },
-        )
+    /// The features f32 `[B, N, D]` of each group of images, on the model's device.
+    fn compute(&self, batch: Alike<Tensor>) -> Result<Alike<Tensor>> {
+        let encode = |pixels: &Tensor| Ok(self.model.encode(&upload(pixels, &self.model)?)?.to_dtype(DType::F32)?);
+        batch.map(|pixels| memory::within(self.model.device(), &pixels, encode))
     }
 
     /// The bytes of one file, from the features `[N, D]` of an image of a size.
@@ -188,6 +185,14 @@ impl Job {
         let record: BTreeMap<_, _> = entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
         Ok(codes::single_tensor("features", "F32", features.dims(), &data, &record))
     }
+}
+
+/// The features f32 `[N, D]` of each image and each view of it.
+fn each_image(features: Alike<Tensor>) -> Result<Vec<Tensor>> {
+    features.into_items(|features| {
+        let features = features.to_device(&Device::Cpu)?;
+        (0..features.dim(0)?).map(|i| Ok(features.get(i)?)).collect()
+    })
 }
 
 /// Who made a file of features.

@@ -18,7 +18,7 @@ use vqrae::codes::Codes;
 use vqrae::image::{Preprocessor, ResizeMode, Rgb};
 use vqrae::{DType, Device, Tensor};
 
-use crate::load::catch_interrupts;
+use crate::interrupts::catch_interrupts;
 use crate::plan::{FileArgs, Input, InputArgs};
 use crate::report::{Exit, Progress, Quality};
 use crate::{output, report, sheet};
@@ -48,12 +48,12 @@ fn begin(
     Ok(progress)
 }
 
-/// Ends a run: the summary goes to stdout, after Ctrl-C with the `next_step` on stderr.
-fn finish(progress: Progress, exit: Exit, quality: Quality, next_step: &str) -> Result<Exit> {
+/// Ends a run on `device`: the summary goes to stdout, after Ctrl-C with the `next_step` on stderr.
+fn finish(progress: Progress, exit: Exit, device: String, quality: Quality, next_step: &str) -> Result<Exit> {
     if exit == Exit::Interrupted {
         progress.interrupted(next_step);
     }
-    let (summary, skipped) = progress.finish(quality);
+    let (summary, skipped) = progress.finish(device, quality);
     report::data(&summary.line()?);
     Ok(exit.merge(skipped))
 }
@@ -72,7 +72,8 @@ fn stack_codes(codes: &[&Codes], device: &Device) -> Result<Tensor> {
 /// Decoded pixels `[B, 3, H, W]`, as images.
 fn to_images(decoded: &Tensor, preprocessor: &Preprocessor) -> Result<Vec<Rgb>> {
     let (b, _, h, w) = decoded.dims4()?;
-    let decoded = decoded.to_dtype(DType::F32)?;
+    // At once: an image at a time, a GPU would copy the whole batch for each.
+    let decoded = decoded.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
     let image = |i: usize| Ok(preprocessor.denormalize_to_rgb(&decoded.get(i)?.flatten_all()?.to_vec1()?, h, w));
     (0..b).map(image).collect()
 }

@@ -5,11 +5,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use vqrae::codes::{Codes, Format};
 use vqrae::image::Rgb;
-use vqrae::{Error, Vqrae, metrics};
+use vqrae::{Device, Error, Tensor, Vqrae, metrics};
 
 use super::{finish, start, to_images, write_sheet};
-use crate::load::{Loaded, Pace, each_alike, each_batch, load_beside, stack};
+use crate::alike::Alike;
+use crate::device;
+use crate::load::{Loaded, Reading, stack_alike, upload};
+use crate::memory;
 use crate::output::save_pngs;
+use crate::pipeline::{Pace, each_batch};
 use crate::plan::{Input, InputArgs, Kind, ModelArgs};
 use crate::report::{Exit, Quality};
 use crate::sheet;
@@ -43,7 +47,7 @@ Examples:
 
 struct Job {
     model: Vqrae,
-    views: Vec<View>,
+    reading: Reading,
     output: PathBuf,
     pace: Pace,
 }
@@ -68,29 +72,34 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
         bail!("--sheet compares with originals, but the inputs are code files only; leave it out");
     }
     let model = args.model.open()?;
-    let views = args.images.views(&model)?;
-    refuse_same_pictures(&code_files, &images, &views)?;
+    let reading = Reading::new(&args.images, &model)?;
+    refuse_same_pictures(&code_files, &images, &reading.views)?;
     let output = args.inputs.output.clone();
     std::fs::create_dir_all(&output).map_err(Error::io(&output))?;
     let pace = args.inputs.pace();
-    let job = Job { model, views, output, pace };
+    let job = Job { model, reading, output, pace };
     let mut seen = Seen::default();
 
     let mut progress = start(&args.inputs, code_files.len() + images.len(), 0, &inputs.unreadable)?;
-    let compute = |batch: &[(&Input, Codes)]| job.decode_codes(batch);
+    let prepare = |batch: &mut [(&Input, Codes)]| job.stack_codes(batch);
+    let compute = |batch| job.decode_codes(batch);
     let write = |batch: &[(&Input, Codes)], decoded| job.write_codes(batch, decoded);
-    let mut exit = each_batch(&code_files, pace, &mut progress, read_codes, compute, write)?;
+    let mut exit = each_batch(&code_files, pace, &mut progress, read_codes, prepare, vec![compute], write)?;
     if exit == Exit::Success {
-        let limits = args.images.limits();
-        let read = |input: &Input| load_beside(input, &job.views, &limits);
-        let compute = |batch: &[(&Input, Views)]| job.decode_images(batch);
-        let write = |batch: &[(&Input, Views)], decoded: Vec<Rgb>| job.write_images(batch, decoded, &mut seen);
-        exit = each_batch(&images, pace, &mut progress, read, compute, write)?;
+        let read = |input: &Input| job.reading.load_beside(input);
+        let prepare = |batch: &mut [(&Input, Views)]| {
+            let images = batch.iter_mut().flat_map(|(_, views)| views.iter_mut().map(|(loaded, _)| loaded));
+            stack_alike(images, &job.model, pace)
+        };
+        let compute = |batch| job.decode_images(batch);
+        let write = |batch: &[(&Input, Views)], decoded| job.write_images(batch, decoded, &mut seen);
+        exit = each_batch(&images, pace, &mut progress, read, prepare, vec![compute], write)?;
     }
     if let (Some(path), Exit::Success) = (&args.sheet, exit) {
-        write_sheet(path, &seen.pairs, images.len() * job.views.len())?;
+        write_sheet(path, &seen.pairs, images.len() * job.reading.views.len())?;
     }
-    finish(progress, exit, Quality::of(&seen.psnr), "the same command starts from the beginning")
+    let device = device::name(job.model.device());
+    finish(progress, exit, device, Quality::of(&seen.psnr), "the same command starts from the beginning")
 }
 
 fn read_codes(input: &Input) -> Result<Codes, String> {
@@ -116,52 +125,49 @@ fn refuse_same_pictures(code_files: &[Input], images: &[Input], views: &[View]) 
 }
 
 impl Job {
-    /// Decodes codes, those of one grid together: a model may take images of several sizes, so codes of several grids can
-    /// meet in one folder.
-    fn decode_codes(&self, batch: &[(&Input, Codes)]) -> Result<Vec<Rgb>> {
+    /// Codes u32 `[B, h, w]` or `[B, h, w, c]`, those of one grid together: a model may take images of several sizes, so codes
+    /// of several grids can meet in one folder.
+    fn stack_codes(&self, batch: &[(&Input, Codes)]) -> Result<Alike<Tensor>> {
         for (input, codes) in batch {
             codes.check_model(&input.path, self.model.id())?;
             codes.check_shape(&input.path, self.model.codes_per_token(), self.model.codebook_size())?;
         }
-        each_alike(
-            batch,
-            self.pace.batch_size,
-            |(_, codes)| (codes.h, codes.w),
-            |alike| {
-                let codes: Vec<&Codes> = alike.iter().map(|(_, codes)| codes).collect();
-                let indices = super::stack_codes(&codes, self.model.device())?;
-                to_images(&self.model.decode_from_indices(&indices)?, &self.views[0].preprocessor)
-            },
-        )
+        let grid = |(_, codes): &(&Input, Codes)| (codes.h, codes.w);
+        Alike::of(batch, self.pace.batch_size, grid, |alike| {
+            let codes: Vec<&Codes> = alike.iter().map(|(_, codes)| codes).collect();
+            super::stack_codes(&codes, &Device::Cpu)
+        })
     }
 
-    fn write_codes(&self, batch: &[(&Input, Codes)], decoded: Vec<Rgb>) -> Result<()> {
+    /// The pixels that codes decode to, f32 `[B, 3, H, W]` on the model's device.
+    fn decode_codes(&self, batch: Alike<Tensor>) -> Result<Alike<Tensor>> {
+        let decode = |codes: &Tensor| Ok(self.model.decode_from_indices(&codes.to_device(self.model.device())?)?);
+        batch.map(|codes| memory::within(self.model.device(), &codes, decode))
+    }
+
+    fn write_codes(&self, batch: &[(&Input, Codes)], decoded: Alike<Tensor>) -> Result<()> {
+        let decoded = self.images(decoded)?;
         save_pngs(batch.iter().map(|(input, _)| picture(&self.output, &stem(input))).zip(&decoded))
     }
 
-    /// The reconstruction of every view of every image.
-    fn decode_images(&self, batch: &[(&Input, Views)]) -> Result<Vec<Rgb>> {
-        let images: Vec<&Loaded> = batch.iter().flat_map(|(_, views)| views.iter().map(|(loaded, _)| loaded)).collect();
-        each_alike(
-            &images,
-            self.pace.batch_size,
-            |image| image.size,
-            |alike| {
-                let pixels = stack(alike.iter().map(|image| **image), &self.model, self.pace)?;
-                let decoded = self.model.decode_from_indices(&self.model.encode_to_indices(&pixels)?)?;
-                let mut images = to_images(&decoded, &self.views[0].preprocessor)?;
-                // What filled up the batch is no image.
-                images.truncate(alike.len());
-                Ok(images)
-            },
-        )
+    /// The reconstruction of every view of every image, f32 `[B, 3, H, W]` on the model's device.
+    fn decode_images(&self, batch: Alike<Tensor>) -> Result<Alike<Tensor>> {
+        let decode = |pixels: &Tensor| {
+            Ok(self.model.decode_from_indices(&self.model.encode_to_indices(&upload(pixels, &self.model)?)?)?)
+        };
+        batch.map(|pixels| memory::within(self.model.device(), &pixels, decode))
     }
 
-    fn write_images(&self, batch: &[(&Input, Views)], decoded: Vec<Rgb>, seen: &mut Seen) -> Result<()> {
+    fn images(&self, decoded: Alike<Tensor>) -> Result<Vec<Rgb>> {
+        decoded.into_items(|decoded| to_images(&decoded, &self.reading.views[0].preprocessor))
+    }
+
+    fn write_images(&self, batch: &[(&Input, Views)], decoded: Alike<Tensor>, seen: &mut Seen) -> Result<()> {
+        let decoded = self.images(decoded)?;
         let name = |input: &Input, view: &View| picture(&self.output, &view.name(&input.relative));
-        let names = batch.iter().flat_map(|(input, _)| self.views.iter().map(|view| name(input, view)));
+        let names = batch.iter().flat_map(|(input, _)| self.reading.views.iter().map(|view| name(input, view)));
         save_pngs(names.zip(&decoded))?;
-        let originals = batch.iter().flat_map(|(_, views)| self.views.iter().zip(views));
+        let originals = batch.iter().flat_map(|(_, views)| self.reading.views.iter().zip(views));
         for ((view, (_, original)), image) in originals.zip(decoded) {
             seen.psnr.extend(metrics::psnr(original, &image).map(|psnr| (view.mark, psnr)));
             if seen.pairs.len() < sheet::MOST {

@@ -2,6 +2,7 @@
 
 mod curves;
 mod devices;
+mod memory;
 mod plan;
 
 use std::ops::ControlFlow;
@@ -12,9 +13,9 @@ use clap::ValueEnum;
 use vqrae::train::plan::Plan;
 use vqrae::train::{Config, Event, Files, StepLog, ValidationLog, run_on};
 
-use self::devices::DeviceArgs;
+use self::devices::RankArgs;
 use super::write_sheet;
-use crate::load::{catch_interrupts, interrupted};
+use crate::interrupts::{catch_interrupts, interrupted};
 use crate::report::{self, Exit};
 
 /// Train a model on photos
@@ -47,7 +48,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     #[command(flatten)]
-    devices: DeviceArgs,
+    devices: RankArgs,
     /// Print parameters by group, an estimate of the memory and the schedule, and end
     #[arg(long)]
     dry_run: bool,
@@ -115,7 +116,8 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
         if stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
     let files = Files { train: args.data, validation: args.val, output };
-    run_on(&devices, &config, &files, args.resume == Resume::Auto, &mut tell)?;
+    run_on(&devices, &config, &files, args.resume == Resume::Auto, &mut tell)
+        .map_err(|error| memory::explained(error.into(), &config, &devices))?;
     show(curves::draw(&log_file, &curves));
     if let Some(log) = last {
         report::data(&serde_json::to_string(&log)?);

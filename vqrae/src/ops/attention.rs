@@ -24,10 +24,24 @@ pub fn attention(precision: Precision, q: &Tensor, k: &Tensor, v: &Tensor, heads
     if heads == 0 || !d.is_multiple_of(heads) || k.dims() != [b, n, d] || v.dims() != [b, n, d] {
         candle_core::bail!("attention: q {:?}, k {:?}, v {:?}, {heads} heads", q.dims(), k.dims(), v.dims());
     }
+    #[cfg(feature = "cuda")]
+    if super::untracked::serves(q, &[k, v]) && super::untracked::attends(q.dtype(), d, heads) {
+        return super::untracked::attention(q, k, v, heads);
+    }
     if !super::fused(q) || n == 0 {
         return super::composed::attention(precision, q, k, v, heads);
     }
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention { heads, precision })
+}
+
+/// [`attention`] of q, k and v side by side, `[B, N, 3·D]`.
+pub(crate) fn attention_of_all(precision: Precision, qkv: &Tensor, heads: usize) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if super::untracked::serves(qkv, &[]) && super::untracked::attends(qkv.dtype(), qkv.dim(2)? / 3, heads) {
+        return super::untracked::attention_of_all(qkv, heads);
+    }
+    let parts = qkv.chunk(3, candle_core::D::Minus1)?;
+    attention(precision, &parts[0], &parts[1], &parts[2], heads)
 }
 
 struct Attention {

@@ -11,11 +11,19 @@ const PIECE: usize = 16_384;
 
 /// `x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))`, element by element.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if super::untracked::serves(x, &[]) {
+        return super::untracked::gelu(Form::Tanh, x);
+    }
     if super::fused(x) { x.contiguous()?.apply_op1(Gelu { form: Form::Tanh }) } else { super::composed::gelu(x) }
 }
 
 /// `x/2 · (1 + erf(x/√2))`, element by element, to 2e-7·|x|.
 pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if super::untracked::serves(x, &[]) {
+        return super::untracked::gelu(Form::Erf, x);
+    }
     if super::fused(x) { x.contiguous()?.apply_op1(Gelu { form: Form::Erf }) } else { x.gelu_erf() }
 }
 

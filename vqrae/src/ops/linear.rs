@@ -8,6 +8,8 @@ use vqrae_kernels::matrix::{Into, View};
 
 use super::Precision;
 use super::gelu::{Form, Gelu};
+#[cfg(feature = "cuda")]
+use super::untracked::{self, Last};
 
 /// `x wᵀ + b`.
 ///
@@ -17,6 +19,10 @@ use super::gelu::{Form, Gelu};
 /// - bias: `[E]`
 /// - output: the shape of x with E for D
 pub fn linear(precision: Precision, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if precision_is_dtype(precision, x) && untracked::serves(x, &[weight, bias]) {
+        return untracked::linear(x, weight, bias, Last::Nothing);
+    }
     if super::fused(x) && x.rank() >= 2 {
         x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, LinearOp { precision })
     } else {
@@ -57,6 +63,56 @@ impl Linear {
         linear(self.precision, x, &self.weight, &self.bias)
     }
 
+    /// Whether no gradient is asked for and all is on a GPU, where a product's end costs nothing.
+    #[cfg(feature = "cuda")]
+    pub(super) fn is_untracked(&self, x: &Tensor) -> bool {
+        precision_is_dtype(self.precision, x) && untracked::serves(x, &[&self.weight, &self.bias])
+    }
+
+    /// GELU of [`Linear::forward`].
+    pub(crate) fn then_gelu(&self, form: Form, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if matches!(form, Form::Tanh) && self.is_untracked(x) {
+            return untracked::linear(x, &self.weight, &self.bias, Last::Gelu);
+        }
+        form.plain(&self.forward(x)?)
+    }
+
+    /// `residual` plus [`Linear::forward`].
+    pub(crate) fn onto(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if self.is_untracked(x) && untracked::serves(x, &[residual]) {
+            return untracked::linear(x, &self.weight, &self.bias, Last::Plus(residual));
+        }
+        residual + self.forward(x)?
+    }
+
+    /// Several layers of one input as one, if nothing is trained and all is on a GPU, where one product is faster than three.
+    /// The layers become views of its weights, so nothing is held twice.
+    pub(crate) fn side_by_side(parts: [&mut Self; 3]) -> Result<Option<Self>> {
+        let first = &parts[0];
+        let alike = |part: &&mut Self| {
+            part.weight.device().is_cuda()
+                && !part.weight.track_op()
+                && !part.bias.track_op()
+                && part.precision == first.precision
+        };
+        if !parts.iter().all(alike) {
+            return Ok(None);
+        }
+        let weight = Tensor::cat(&parts.each_ref().map(|part| &part.weight), 0)?;
+        let bias = Tensor::cat(&parts.each_ref().map(|part| &part.bias), 0)?;
+        let precision = first.precision;
+        let mut row = 0;
+        for part in parts {
+            let rows = part.weight.dim(0)?;
+            part.weight = weight.narrow(0, row, rows)?;
+            part.bias = bias.narrow(0, row, rows)?;
+            row += rows;
+        }
+        Ok(Some(Self { weight, bias, precision }))
+    }
+
     /// [`Linear::forward`] of GELU of `x`, which is computed again for the gradient rather than kept: of a block's memory in
     /// training a quarter, for little time.
     pub(crate) fn after_gelu(&self, form: Form, x: &Tensor) -> Result<Tensor> {
@@ -66,6 +122,12 @@ impl Linear {
         let op = AfterGelu { gelu: Gelu { form }, linear: LinearOp { precision: self.precision } };
         x.contiguous()?.apply_op3(&self.weight.contiguous()?, &self.bias.contiguous()?, op)
     }
+}
+
+/// Whether products of `x` read its numbers as they are.
+#[cfg(feature = "cuda")]
+fn precision_is_dtype(precision: Precision, x: &Tensor) -> bool {
+    precision == Precision::F32 || x.dtype() != candle_core::DType::F32
 }
 
 struct AfterGelu {

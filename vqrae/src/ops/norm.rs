@@ -39,6 +39,10 @@ impl Norm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Layer(norm) => norm.forward(x),
+            #[cfg(feature = "cuda")]
+            Self::Rms { weight, eps } if super::untracked::serves(x, &[weight]) => {
+                super::untracked::norm(x, weight, None, *eps)
+            }
             Self::Rms { weight, eps } => {
                 let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
                 x.broadcast_div(&(mean_square + *eps)?.sqrt()?)?.broadcast_mul(weight)

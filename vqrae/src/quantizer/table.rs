@@ -9,6 +9,7 @@ use vqrae_kernels as kernels;
 use super::bottleneck::{DROPPED, check_cost, check_range, check_size};
 use super::entropy::{EntropyConfig, entropies};
 use super::{Gradient, Quantized};
+use crate::ops::Search;
 
 /// What nearest means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -101,7 +102,7 @@ pub(crate) struct Transform {
 #[derive(Debug, Clone)]
 struct Prepared {
     codes: Tensor,
-    search: Arc<kernels::Codebook>,
+    search: Search,
 }
 
 /// What a table finds for features `[B, N, e]`.
@@ -135,12 +136,9 @@ impl Table {
 
     /// The nearest code of every feature of `h`, `[B, N, e]`.
     pub(super) fn choose(&self, h: &Tensor) -> Result<Chosen> {
-        let (b, n, _) = h.dims3()?;
         let met = self.choices.metric.met(h)?;
         let prepared = self.prepare()?;
-        let flat = met.flatten_all()?.to_vec1::<f32>()?;
-        let indices = prepared.search.nearest(&flat).map_err(candle_core::Error::wrap)?;
-        let indices = Tensor::from_vec(indices, (b, n), h.device())?;
+        let indices = prepared.search.nearest(&met)?; // [B,N]
         let codes = gather(&prepared.codes, &indices)?;
         let tokens = self.choices.gradient.pass(&met, &indices, &codes, &prepared.codes, self.choices.metric)?;
         Ok(Chosen { met, indices, codes, tokens })
@@ -215,9 +213,8 @@ impl Table {
             return Ok(prepared.clone());
         }
         let codes = self.choices.metric.met(&self.raw()?)?;
-        let rows = codes.flatten_all()?.to_vec1::<f32>()?;
-        let search = kernels::Codebook::new(rows, codes.dim(1)?, self.choices.metric.ranking());
-        let prepared = Prepared { codes, search: Arc::new(search.map_err(candle_core::Error::wrap)?) };
+        let search = Search::new(&codes, self.choices.metric.ranking())?;
+        let prepared = Prepared { codes, search };
         Ok(if trained { prepared } else { self.prepared.get_or_init(|| prepared).clone() })
     }
 }

@@ -1,7 +1,8 @@
 //! A process of one model that does what it is told, a line at a time, and says how long that took.
 //!
 //! ```text
-//! tokenize B            codes of B images
+//! tokenize B            codes of B images, or of 256 tokens for each where only codes are searched
+//! fast B                the same by the fast search of a GPU, and `products B` by cuBLAS's products alone
 //! reconstruct B         images of B grids of codes
 //! dump INPUT OUTPUT     of "pixels" f32 [B, 3, H, W] in a safetensors file: "hidden_states" [depth + 1, B, N, D], "indices"
 //!                       u32 [B, h, w], "pixels_out" f32 [B, 3, H', W']
@@ -9,7 +10,8 @@
 //!                       of "images" and "others" f32 [B, 3, H, W] in a safetensors file: "values" (LPIPS of vgg16 or alex,
 //!                       in −1..1, f32 [B]; or the logits of convnext, in 0..1, f32 [B, classes] of the images) and
 //!                       "gradient" f32 [B, 3, H, W], of the sum of the values to the images
-//! dump OUTPUT           where only codes are searched: "tokens" f32 [N, D], "codes" f32 [K, D], "indices" u32 [N]
+//! dump OUTPUT           where only codes are searched: "tokens" f32 [N, D], "codes" f32 [K, D], "indices" u32 [N], and of a
+//!                       GPU "fast" u32 [N]
 //! ```
 //! The first line of its answers is [`Opened`], each of the others [`Done`], as JSON.
 
@@ -27,10 +29,16 @@ use serde::{Deserialize, Serialize};
 use vqrae::perceptual::{Backbone, ConvNext, Lpips};
 use vqrae::weights::{self, Tensors};
 use vqrae::{DType, Device, Tensor, Vqrae};
+#[cfg(feature = "cuda")]
+use vqrae_kernels::cuda::Mode;
 use vqrae_kernels::{Codebook, Metric};
 
-use super::shape::{self, CODES, TOKENS};
-use crate::report;
+#[cfg(feature = "cuda")]
+use super::cuda;
+use super::inputs::noise;
+use super::search::Wanted;
+use super::shape::{self, TOKENS};
+use crate::{device, report};
 
 /// What a worker says when it is ready.
 #[derive(Debug, Serialize, Deserialize)]
@@ -51,21 +59,44 @@ pub(super) struct Done {
     pub(super) seconds: f64,
     /// The most memory that the process has held so far.
     pub(super) peak_mib: Option<u64>,
+    /// The most memory of a GPU that its tensors have taken so far.
+    pub(super) peak_device_mib: Option<u64>,
 }
 
 /// What a worker works with.
 pub(super) enum Subject {
     Model(Box<Vqrae>),
-    Search { codebook: Box<Codebook>, tokens: Vec<f32> },
+    Search {
+        codebook: Box<Codebook>,
+        tokens: Vec<f32>,
+    },
+    #[cfg(feature = "cuda")]
+    GpuSearch(Box<cuda::Search>),
 }
 
 impl Subject {
-    /// A search in random codes.
-    pub(super) fn search() -> Result<Self> {
-        const MOST_IMAGES: usize = 16;
-        let (k, d) = CODES;
-        let codebook = Box::new(Codebook::new(noise(k * d, 1), d, Metric::Cosine)?);
-        Ok(Self::Search { codebook, tokens: noise(MOST_IMAGES * TOKENS * d, 2) })
+    /// A search on a device.
+    pub(super) fn search(wanted: &Wanted, device: &Device) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            return Ok(Self::GpuSearch(Box::new(cuda::Search::new(&cuda::gpu(device)?, wanted)?)));
+        }
+        if !device.is_cpu() {
+            bail!("{} is no device that codes are searched on", device::name(device));
+        }
+        let (codes, d) = wanted.inputs.codes(wanted.k, wanted.d)?;
+        let tokens = wanted.inputs.tokens(&codes, wanted.tokens.iter().copied().max().unwrap_or_default(), d, 0);
+        Ok(Self::Search { codebook: Box::new(Codebook::new(codes, d, Metric::Cosine)?), tokens })
+    }
+
+    /// The most MiB that its tensors have taken of a GPU's memory.
+    fn peak_device_mib(&self) -> Option<u64> {
+        match self {
+            Self::Model(model) => device::peak_mib(model.device()),
+            Self::Search { .. } => None,
+            #[cfg(feature = "cuda")]
+            Self::GpuSearch(_) => None,
+        }
     }
 
     fn opened(&self, open_seconds: f64) -> Result<Opened> {
@@ -76,8 +107,14 @@ impl Subject {
                 let operations = shape::operations(model.config(), h * w);
                 (model.dtype().as_str().to_string(), model.precision().to_string(), true, operations)
             }
-            Self::Search { .. } => {
-                ("f32".to_string(), "exact".to_string(), false, shape::scores(TOKENS, CODES.0, CODES.1))
+            Self::Search { codebook, .. } => {
+                let operations = shape::scores(TOKENS, codebook.len(), codebook.width());
+                ("f32".to_string(), "exact".to_string(), false, operations)
+            }
+            #[cfg(feature = "cuda")]
+            Self::GpuSearch(search) => {
+                let operations = shape::scores(TOKENS, search.codebook.len(), search.codebook.width());
+                ("f32".to_string(), "exact".to_string(), false, operations)
             }
         };
         let threads = rayon::current_num_threads();
@@ -85,28 +122,41 @@ impl Subject {
     }
 
     /// Does one thing for `batch` images and returns its seconds, without those that making its input took.
-    fn run(&self, verb: &str, batch: usize) -> Result<f64> {
+    fn run(&mut self, verb: &str, batch: usize) -> Result<f64> {
         let begin;
         match (self, verb) {
             (Self::Model(model), "tokenize") => {
                 let (h, w) = model.preprocessor().size;
-                let pixels = Tensor::from_vec(noise(batch * 3 * h * w, 0), (batch, 3, h, w), &Device::Cpu)?;
+                let pixels = Tensor::from_vec(noise(batch * 3 * h * w, 0), (batch, 3, h, w), model.device())?;
+                model.device().synchronize()?;
                 begin = Instant::now();
-                model.encode_to_indices(&pixels)?;
+                model.encode_to_indices(&pixels)?.to_device(&Device::Cpu)?;
             }
             (Self::Model(model), "reconstruct") => {
                 let (h, w) = model.preprocessor().size;
                 let (h, w) = model.grid_of(h, w)?;
                 let k = model.codebook_size() as f32;
                 let codes = noise(batch * h * w, 0).into_iter().map(|x| ((x + 1.0) / 2.0 * k) as u32 % k as u32);
-                let codes = Tensor::from_vec(codes.collect(), (batch, h, w), &Device::Cpu)?;
+                let codes = Tensor::from_vec(codes.collect(), (batch, h, w), model.device())?;
+                model.device().synchronize()?;
                 begin = Instant::now();
                 model.decode_from_indices(&codes)?;
+                model.device().synchronize()?;
             }
             (Self::Search { codebook, tokens }, "tokenize") => {
                 let tokens = tokens.get(..batch * TOKENS * codebook.width()).context("so many tokens were not made")?;
                 begin = Instant::now();
                 codebook.nearest(tokens)?;
+            }
+            #[cfg(feature = "cuda")]
+            (Self::GpuSearch(search), _) => {
+                let work = match verb {
+                    "tokenize" => cuda::Work::Exact,
+                    "fast" => cuda::Work::Fast,
+                    "products" => cuda::Work::Products,
+                    _ => bail!("{verb}: expected: tokenize, fast, products or dump"),
+                };
+                return search.time(work, batch * TOKENS);
             }
             _ => bail!("{verb}: expected: tokenize, reconstruct or dump"),
         }
@@ -117,18 +167,33 @@ impl Subject {
         let (output, tensors) = match (self, files) {
             (Self::Model(model), [input, output]) => (output, everything(model, Path::new(input))?),
             (Self::Search { codebook, tokens }, [output]) => {
-                let tensor = |values: &[f32]| {
-                    Tensor::from_slice(values, (values.len() / codebook.width(), codebook.width()), &Device::Cpu)
-                };
-                let indices = codebook.nearest(tokens)?;
-                let indices = Tensor::from_vec(indices, tokens.len() / codebook.width(), &Device::Cpu)?;
-                let tensors = [("tokens", tensor(tokens)?), ("codes", tensor(codebook.rows())?), ("indices", indices)];
-                (output, tensors.map(|(name, tensor)| (name.to_string(), tensor)).into())
+                let indices = [("indices", codebook.nearest(tokens)?)];
+                (output, searched(tokens, codebook.rows(), codebook.width(), indices)?)
+            }
+            #[cfg(feature = "cuda")]
+            (Self::GpuSearch(search), [output]) => {
+                let (d, n) = (search.codebook.width(), search.tokens.len() / search.codebook.width());
+                let codes = |mode| anyhow::Ok(search.codes(mode, n)?.0);
+                let indices = [("indices", codes(Mode::Exact)?), ("fast", codes(Mode::Fast)?)];
+                // The rows as they are searched.
+                let rows = Codebook::new(search.rows.clone(), d, Metric::Cosine)?;
+                (output, searched(&search.tokens, rows.rows(), d, indices)?)
             }
             _ => bail!("dump: expected: INPUT OUTPUT of a model, OUTPUT of a search"),
         };
         Ok(weights::write(Path::new(output), &tensors, HashMap::new())?)
     }
+}
+
+/// What was searched, and what was found.
+fn searched<const N: usize>(tokens: &[f32], codes: &[f32], d: usize, found: [(&str, Vec<u32>); N]) -> Result<Tensors> {
+    let rows = |values: &[f32]| Tensor::from_slice(values, (values.len() / d.max(1), d), &Device::Cpu);
+    let mut tensors = Tensors::from([("tokens".to_string(), rows(tokens)?), ("codes".to_string(), rows(codes)?)]);
+    for (name, indices) in found {
+        let n = indices.len();
+        tensors.insert(name.to_string(), Tensor::from_vec(indices, n, &Device::Cpu)?);
+    }
+    Ok(tensors)
 }
 
 /// All that a model makes of a file's pixels.
@@ -176,7 +241,7 @@ fn perceptual(network: &str, weights: &str, input: &str, output: &str) -> Result
 /// Opens what it works with and does what stdin says, to its end.
 pub(super) fn serve(open: impl FnOnce() -> Result<Subject>) -> Result<()> {
     let begin = Instant::now();
-    let subject = open()?;
+    let mut subject = open()?;
     report::data(&serde_json::to_string(&subject.opened(begin.elapsed().as_secs_f64())?)?);
     for line in std::io::stdin().lock().lines() {
         let line = line?;
@@ -193,20 +258,13 @@ pub(super) fn serve(open: impl FnOnce() -> Result<Subject>) -> Result<()> {
             }
             _ => bail!("{line:?}: expected: tokenize B, reconstruct B or dump FILES"),
         };
-        report::data(&serde_json::to_string(&Done { seconds, peak_mib: peak_mib() })?);
+        report::data(&serde_json::to_string(&Done {
+            seconds,
+            peak_mib: peak_mib(),
+            peak_device_mib: subject.peak_device_mib(),
+        })?);
     }
     Ok(())
-}
-
-/// Numbers from -1 to 1 that look random and are always the same (SplitMix64).
-fn noise(count: usize, seed: u64) -> Vec<f32> {
-    let value = |i: u64| {
-        let mut x = (seed << 40 | (i + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    (0..count as u64).map(value).collect()
 }
 
 /// The most memory that this process has held, where the system tells.

@@ -1,94 +1,63 @@
 //! Where a training computes: a rank for every device.
 
 use std::num::NonZeroUsize;
-use std::str::FromStr;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use vqrae::Device;
+
+use crate::device::{self, DeviceArgs, Where};
 
 /// Which devices, and how many ranks.
 #[derive(clap::Args, Debug)]
-pub(super) struct DeviceArgs {
-    /// Where to compute: cpu, cuda, cuda:1 for the second card, or cuda:0,1 for several, among which every step's images
-    /// are divided
-    #[arg(long, default_value = "cpu", value_name = "cpu|cuda|cuda:0,1")]
-    device: Where,
+pub(super) struct RankArgs {
+    #[command(flatten)]
+    devices: DeviceArgs,
     /// Ranks among which every step's images are divided: threads on the CPU, one for each card on CUDA
     #[arg(long, value_name = "N")]
     ranks: Option<NonZeroUsize>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Where {
-    Cpu,
-    Cuda(Vec<usize>),
-}
-
-impl FromStr for Where {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once(':') {
-            None if text == "cpu" => Ok(Self::Cpu),
-            None if text == "cuda" => Ok(Self::Cuda(vec![0])),
-            Some(("cuda", numbers)) => {
-                let card = |word: &str| word.parse().map_err(|_| format!("{word:?} is not a card's number"));
-                let cards: Vec<usize> = numbers.split(',').map(card).collect::<Result<_, _>>()?;
-                match cards.iter().enumerate().find(|(i, card)| cards[..*i].contains(card)) {
-                    Some((_, card)) => Err(format!("card {card} is named twice")),
-                    None => Ok(Self::Cuda(cards)),
-                }
-            }
-            _ => Err("expected: cpu, cuda, cuda:N or cuda:N,M".to_string()),
-        }
-    }
-}
-
-impl DeviceArgs {
+impl RankArgs {
     /// The devices, a rank each.
     pub(super) fn open(&self) -> Result<Vec<Device>> {
-        let ranks = self.ranks.map(NonZeroUsize::get);
-        match &self.device {
-            Where::Cpu => Ok(vec![Device::Cpu; ranks.unwrap_or(1)]),
-            Where::Cuda(_) if !cfg!(feature = "cuda") => {
-                bail!("this build has no CUDA; build with --features cuda, or pass --device cpu")
+        let Some(ranks) = self.ranks.map(NonZeroUsize::get) else { return self.devices.device.open_all() };
+        match &self.devices.device {
+            Where::Auto => Ok(device::auto(ranks)),
+            Where::Cpu(1) => Ok(vec![Device::Cpu; ranks]),
+            Where::Cpu(named) if *named != ranks => {
+                bail!("--ranks is {ranks}, but --device names the CPU {named} times")
             }
-            Where::Cuda(cards) if ranks.is_some_and(|ranks| ranks != cards.len()) => {
+            Where::Cuda(cards) if cards.len() != ranks => {
                 bail!(
-                    "--ranks is {}, but --device names {} cards, and every card is one rank; name the cards and leave --ranks \
-                     out",
-                    ranks.unwrap_or_default(),
+                    "--ranks is {ranks}, but --device names {} cards, and every card is one rank; name the cards and leave \
+                     --ranks out",
                     cards.len()
                 )
             }
-            // With a stream of its own, since the default one is each thread's, and a rank has several.
-            Where::Cuda(cards) => cards.iter().map(|&card| cuda(card)).collect(),
+            named => named.open_all(),
         }
     }
-}
-
-fn cuda(card: usize) -> Result<Device> {
-    Device::new_cuda_with_stream(card).with_context(|| format!("cuda:{card} could not be used"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn words_for_devices() {
-        let parse = |text: &str| text.parse::<Where>();
-        assert_eq!(parse("cpu"), Ok(Where::Cpu));
-        assert_eq!(parse("cuda"), Ok(Where::Cuda(vec![0])));
-        assert_eq!(parse("cuda:3,1"), Ok(Where::Cuda(vec![3, 1])));
-        assert!(parse("cuda:1,1").unwrap_err().contains("card 1 is named twice"));
-        assert!(parse("cuda:1,").unwrap_err().contains("not a card's number"));
-        assert!(parse("cpu:2").unwrap_err().contains("expected: cpu"));
+    fn open(device: &str, ranks: usize) -> Result<Vec<Device>> {
+        let devices = DeviceArgs { device: device.parse().unwrap() };
+        RankArgs { devices, ranks: NonZeroUsize::new(ranks) }.open()
     }
 
     #[test]
     fn ranks_are_threads_on_the_cpu() {
-        let open = |ranks| DeviceArgs { device: Where::Cpu, ranks: NonZeroUsize::new(ranks) }.open().unwrap().len();
-        assert_eq!((open(0), open(3)), (1, 3));
+        let count = |device, ranks| open(device, ranks).unwrap().len();
+        assert_eq!((count("cpu", 0), count("cpu", 3), count("cpu,cpu", 0), count("cpu,cpu", 2)), (1, 3, 2, 2));
+        assert!(open("cpu,cpu", 3).unwrap_err().to_string().contains("--ranks is 3"));
+    }
+
+    #[test]
+    fn every_card_is_one_rank() {
+        let error = open("cuda:0,1", 3).unwrap_err().to_string();
+        assert!(error.contains("--ranks is 3, but --device names 2 cards"), "{error}");
     }
 }
