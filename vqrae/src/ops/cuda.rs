@@ -1,11 +1,14 @@
 //! candle's tensors as the kernels' slices, where they lie.
 
-use std::sync::Arc;
+use std::cell::Cell;
+use std::sync::{Arc, RwLockReadGuard};
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDType, cudarc};
-use candle_core::{CudaStorage, Device, Layout, Result, Storage, Tensor};
-use cudarc::driver::{CudaSlice, CudaView};
+use candle_core::op::BackpropOp;
+use candle_core::{CpuStorage, CudaStorage, Device, InplaceOp1, Layout, Result, Shape, Storage, Tensor};
+use cudarc::driver::sys::CUdeviceptr;
+use cudarc::driver::{CudaSlice, CudaView, DevicePtrMut};
 use vqrae_kernels::cuda::Gpu;
 
 /// The kernels on a device's stream.
@@ -33,8 +36,61 @@ pub(crate) fn slice<'a, T: CudaDType>(storage: &'a CudaStorage, layout: &Layout)
 /// A copy of a tensor's elements, f32.
 pub(crate) fn copy(tensor: &Tensor) -> Result<CudaSlice<f32>> {
     let tensor = tensor.contiguous()?;
-    let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cuda(storage) = &*storage else { candle_core::bail!("a tensor that is not on a GPU") };
-    let stream = storage.device().cuda_stream();
-    stream.clone_dtod(&slice::<f32>(storage, layout)?).map_err(candle_core::Error::wrap)
+    let stream = tensor.device().as_cuda_device()?.cuda_stream();
+    stream.clone_dtod(&Held::new(&tensor)?.view::<f32>()?).map_err(candle_core::Error::wrap)
+}
+
+/// A tensor of what a kernel made, without a gradient.
+pub(crate) fn tensor<T: CudaDType>(made: CudaSlice<T>, shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
+    let storage = CudaStorage::wrap_cuda_slice(made, device.as_cuda_device()?.clone());
+    Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
+}
+
+/// Where the elements of a contiguous f32 tensor are, which are going to change there.
+pub(crate) fn address(tensor: &Tensor) -> Result<CUdeviceptr> {
+    struct Address(Cell<CUdeviceptr>);
+
+    impl InplaceOp1 for Address {
+        fn name(&self) -> &'static str {
+            "address"
+        }
+
+        fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+            candle_core::bail!("a kernel was given a tensor that is not on a GPU")
+        }
+
+        fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+            let Some((start, end)) = layout.contiguous_offsets() else {
+                candle_core::bail!("a kernel was given a tensor that is not contiguous")
+            };
+            let stream = storage.device().cuda_stream();
+            let mut elements = storage.as_cuda_slice_mut::<f32>()?.slice_mut(start..end);
+            self.0.set(elements.device_ptr_mut(&stream).0);
+            Ok(())
+        }
+    }
+
+    let address = Address(Cell::new(0));
+    tensor.inplace_op1(&address)?;
+    Ok(address.0.get())
+}
+
+/// A tensor kept from changing while a kernel is given it.
+pub(crate) struct Held<'a> {
+    storage: RwLockReadGuard<'a, Storage>,
+    layout: &'a Layout,
+}
+
+impl<'a> Held<'a> {
+    pub(crate) fn new(tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        Ok(Self { storage, layout })
+    }
+
+    pub(crate) fn view<T: CudaDType>(&self) -> Result<CudaView<'_, T>> {
+        match &*self.storage {
+            Storage::Cuda(storage) => slice(storage, self.layout),
+            _ => candle_core::bail!("a kernel was given a tensor that is not on a GPU"),
+        }
+    }
 }

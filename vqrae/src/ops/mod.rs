@@ -11,6 +11,7 @@
 //! and in any batch, on any number of threads, which is what makes codes reproducible.
 
 mod attention;
+pub(crate) mod averages;
 pub mod composed;
 mod conv;
 #[cfg(feature = "cuda")]

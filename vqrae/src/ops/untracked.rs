@@ -3,12 +3,10 @@
 //! [`serves`] says whether a tensor and the parameters that it meets are such. Where they are not, callers go their usual way,
 //! so nothing but time depends on it (and, in 16 bits, roundings: sums are f32 to their end here).
 
-use std::sync::RwLockReadGuard;
-
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use half::{bf16, f16};
 use vqrae_kernels::cuda::attention::{self, Half};
 use vqrae_kernels::cuda::elementwise;
@@ -16,7 +14,8 @@ use vqrae_kernels::cuda::linear::{self, End};
 use vqrae_kernels::cuda::norm::{Centre, Norm};
 use vqrae_kernels::cuda::{Gpu, pixels};
 
-use super::{GeluForm, cuda};
+use super::GeluForm;
+use super::cuda::{self, Held};
 
 /// Whether `x` and the parameters are on a GPU, of one dtype that kernels know, and no gradient is asked for.
 pub(crate) fn serves(x: &Tensor, parameters: &[&Tensor]) -> bool {
@@ -165,26 +164,6 @@ pub(crate) fn normalise(bytes: &Tensor, levels: &Tensor) -> Result<Tensor> {
         let layout = pixels::Layout::Planes;
         pixels::normalise::<f32>(gpu, bytes, &levels.view()?, (h, w), layout).map_err(candle_core::Error::wrap)
     })
-}
-
-/// A tensor kept from changing while a kernel is given it.
-struct Held<'a> {
-    storage: RwLockReadGuard<'a, Storage>,
-    layout: &'a Layout,
-}
-
-impl<'a> Held<'a> {
-    fn new(tensor: &'a Tensor) -> Result<Self> {
-        let (storage, layout) = tensor.storage_and_layout();
-        Ok(Self { storage, layout })
-    }
-
-    fn view<T: CudaDType>(&self) -> Result<CudaView<'_, T>> {
-        match &*self.storage {
-            Storage::Cuda(storage) => cuda::slice(storage, self.layout),
-            _ => candle_core::bail!("a kernel was given a tensor that is not on a GPU"),
-        }
-    }
 }
 
 /// The tensor of `shape` that `kernel` makes of `x`.

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::Metric;
 use super::bottleneck::check_cost;
 use super::kmeans::{self, Choose};
+use crate::ops::averages::{self, Restart};
 use crate::weights::Tensors;
 
 pub(super) const CODEBOOK: &str = "codebook";
@@ -87,6 +88,26 @@ impl EmaConfig {
         check_cost("ema.threshold_ema_dead_code", self.threshold_ema_dead_code)?;
         check_cost("ema.reset_cluster_size", self.reset_cluster_size.unwrap_or(0.0))
     }
+
+    /// The codes of these sizes that start again, and which of `n` features each becomes.
+    fn dead(&self, sizes: &[f32], n: usize, choose: Choose) -> (Vec<usize>, Vec<usize>) {
+        let is_dead = |&k: &usize| f64::from(sizes[k]) < self.threshold_ema_dead_code;
+        let mut dead: Vec<usize> = (0..sizes.len()).filter(is_dead).collect();
+        if dead.is_empty() || n == 0 {
+            return (Vec::new(), Vec::new());
+        }
+        if dead.len() > n {
+            let mut chosen = choose(dead.len(), n);
+            chosen.sort_unstable();
+            dead = chosen.into_iter().map(|i| dead[i]).collect();
+        }
+        let chosen = choose(n, dead.len());
+        (dead, chosen)
+    }
+
+    fn reset(&self) -> f32 {
+        self.reset_cluster_size.unwrap_or(self.threshold_ema_dead_code) as f32
+    }
 }
 
 /// What a moving average of a codebook remembers. A fresh one is all zeros and stands for what vector-quantize-pytorch
@@ -119,6 +140,9 @@ impl Averages {
         shares: &dyn Shares,
         choose: Choose,
     ) -> Result<Tensors> {
+        if shares.count() == 1 && averages::serves(codebook) {
+            return self.update_on_gpu(codebook, metric, batches, choose);
+        }
         let mut state = self.state(codebook, metric)?;
         for (features, indices) in batches {
             state.follow(&array(features)?, &indices.flatten_all()?.to_vec1::<u32>()?, shares)?;
@@ -128,6 +152,33 @@ impl Averages {
         // Token by token, as the library has them: what is drawn depends on the order.
         state.restart(&array(&Tensor::stack(&features, 2)?)?, shares, choose)?;
         state.tensors(codebook)
+    }
+
+    /// [`Averages::update`] of the whole batch where it is, on a GPU.
+    fn update_on_gpu(
+        &self,
+        codebook: &Tensor,
+        metric: Metric,
+        batches: &[(Tensor, Tensor)],
+        choose: Choose,
+    ) -> Result<Tensors> {
+        let config = &self.config;
+        let step = averages::Step {
+            codes: codebook,
+            sizes: &self.cluster_size,
+            sums: &self.embed_avg,
+            batches,
+            decay: config.decay,
+            eps: config.eps,
+            shortest: (metric == Metric::Cosine).then_some(kmeans::SHORTEST),
+            reset: config.reset(),
+        };
+        let [codes, sizes, sums] = step.take(|sizes, features| {
+            let (dead, chosen) = config.dead(sizes, features, choose);
+            Restart { dead, chosen }
+        })?;
+        let named = [(CODEBOOK, codes), (CLUSTER_SIZE, sizes), (EMBED_AVG, sums)];
+        Ok(named.map(|(name, tensor)| (name.to_string(), tensor)).into())
     }
 
     /// The three tensors of centres `[K, e]` and their sizes `[K]`.
@@ -201,27 +252,21 @@ impl State {
 
     /// Makes dead codes features of the batch; where there are more than features, some wait for the next step.
     fn restart(&mut self, features: &[f32], shares: &dyn Shares, choose: Choose) -> Result<()> {
-        let (e, threshold) = (self.e, self.config.threshold_ema_dead_code);
-        let mut dead: Vec<usize> = (0..self.sizes.len()).filter(|&k| f64::from(self.sizes[k]) < threshold).collect();
+        let e = self.e;
         let own = features.len() / e;
-        let n = own * shares.count();
-        if dead.is_empty() || n == 0 {
+        let (dead, drawn) = self.config.dead(&self.sizes, own * shares.count(), choose);
+        if dead.is_empty() {
             return Ok(());
-        }
-        if dead.len() > n {
-            let mut chosen = choose(dead.len(), n);
-            chosen.sort_unstable();
-            dead = chosen.into_iter().map(|i| dead[i]).collect();
         }
         // Every share has the features that are its own, and zeros for the others'.
         let mut chosen = vec![0f64; dead.len() * e];
-        for (chosen, i) in chosen.chunks_exact_mut(e).zip(choose(n, dead.len())) {
+        for (chosen, i) in chosen.chunks_exact_mut(e).zip(drawn) {
             if let Some(at) = i.checked_sub(shares.index() * own).filter(|&at| at < own) {
                 chosen.iter_mut().zip(&features[at * e..][..e]).for_each(|(chosen, &x)| *chosen = f64::from(x));
             }
         }
         shares.add(&mut chosen)?;
-        let reset = self.config.reset_cluster_size.unwrap_or(threshold) as f32;
+        let reset = self.config.reset();
         for (&k, feature) in dead.iter().zip(chosen.chunks_exact(e)) {
             let row = self.codes[k * e..][..e].iter_mut().zip(&mut self.sums[k * e..][..e]);
             row.zip(feature).for_each(|((code, sum), &x)| (*code, *sum) = (x as f32, x as f32 * reset));

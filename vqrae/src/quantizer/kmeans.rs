@@ -76,11 +76,12 @@ pub fn run(
     Ok((centres, sizes))
 }
 
+/// What a shorter row is divided by: vector-quantize-pytorch's.
+pub(super) const SHORTEST: f64 = 1e-6;
+
 /// Brings a row to length one; a row of zeros stays.
 pub(super) fn unit(row: &mut [f32]) {
-    /// vector-quantize-pytorch's.
-    const SMALLEST: f64 = 1e-6;
-    let length = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt().max(SMALLEST);
+    let length = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt().max(SHORTEST);
     row.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
 }
 

@@ -70,13 +70,18 @@ impl AdamW {
         let clip = if norm > self.config.max_grad_norm { self.config.max_grad_norm / norm } else { 1.0 };
         let correction = [self.config.beta1, self.config.beta2].map(|beta| 1.0 - beta.powf((taken + 1) as f64));
         let config = self.config;
-        let one = |(name, moments): (&String, &mut Moments)| -> Result<()> {
-            let (Some(var), Some(gradient)) = (parameters.get(name), gradients.0.get(name)) else { return Ok(()) };
+        let update = |(name, moments): (_, _)| -> Option<Update<'_>> {
+            let (name, Moments { first, second }): (&String, &mut Moments) = (name, moments);
+            let (var, gradient) = (parameters.get(name)?, gradients.0.get(name)?);
             let rate = rate(name);
             let decay = if decays(name, var.rank()) { rate * config.weight_decay } else { 0.0 };
             let scale = rate / correction[0];
             let step = Step { config, clip, decay, scale, root: 1.0 / correction[1] };
-            let values = match (&mut moments.first, &mut moments.second, gradient) {
+            Some(Update { var, gradient, first, second, step })
+        };
+        let mut left = values::step_together(self.moments.iter_mut().filter_map(update).collect())?;
+        let one = |Update { var, gradient, first, second, step }: &mut Update<'_>| -> Result<()> {
+            let values = match (&mut **first, &mut **second, *gradient) {
                 (Values::Host(first), Values::Host(second), Values::Host(gradient)) => {
                     let mut values = var.flatten_all()?.to_vec1::<f32>()?;
                     step.on_host(&mut values, gradient, first, second);
@@ -88,8 +93,8 @@ impl AdamW {
         };
         // A device does one thing after the other; threads would only stand in each other's way.
         match parameters.values().all(|var| var.device().is_cpu()) {
-            true => self.moments.par_iter_mut().try_for_each(one),
-            false => self.moments.iter_mut().try_for_each(one),
+            true => left.par_iter_mut().try_for_each(one),
+            false => left.iter_mut().try_for_each(one),
         }
     }
 
@@ -130,17 +135,27 @@ fn wrong(reason: String) -> Error {
     Error::Training(format!("the checkpoint's optimizer state does not fit the config: {reason}"))
 }
 
+/// A parameter with what moves it.
+pub(super) struct Update<'a> {
+    pub(super) var: &'a Var,
+    pub(super) gradient: &'a Values,
+    pub(super) first: &'a mut Values,
+    pub(super) second: &'a mut Values,
+    pub(super) step: Step,
+}
+
 /// One parameter's step.
-struct Step {
-    config: Config,
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Step {
+    pub(super) config: Config,
     /// What the gradient is scaled down by.
-    clip: f64,
+    pub(super) clip: f64,
     /// Share of the value that decays.
-    decay: f64,
+    pub(super) decay: f64,
     /// Of the first moment: the rate over its correction.
-    scale: f64,
+    pub(super) scale: f64,
     /// Of the second moment: one over its correction.
-    root: f64,
+    pub(super) root: f64,
 }
 
 impl Step {

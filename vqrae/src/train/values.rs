@@ -1,7 +1,12 @@
 //! The numbers of a parameter where the optimizer computes with them: on the CPU a vector, over which it has loops of its
-//! own; elsewhere a flat tensor, by tensor operations.
+//! own; elsewhere a flat tensor, by tensor operations, or on a GPU by kernels that take all parameters at once.
+
+#[cfg(feature = "cuda")]
+mod gpu;
 
 use candle_core::{DType, Device, Result, Tensor};
+
+use super::optimizer::Update;
 
 /// f32 numbers, in the order of a parameter's elements.
 #[derive(Debug, Clone)]
@@ -93,12 +98,27 @@ pub(super) fn squares<'a>(all: impl IntoIterator<Item = &'a Values>) -> Result<V
     for values in all {
         match values {
             Values::Host(values) => sums.push(values.iter().map(|&v| f64::from(v) * f64::from(v)).sum()),
-            Values::Device(values) => waiting.push(values.to_dtype(DType::F64)?.sqr()?.sum_all()?),
+            Values::Device(values) => waiting.push(values),
         }
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(found) = gpu::squares(&waiting)? {
+        sums.extend(found);
+        return Ok(sums);
     }
     // One transfer for all of a device, which would else be waited for again and again.
     if !waiting.is_empty() {
-        sums.extend(Tensor::stack(&waiting, 0)?.to_vec1::<f64>()?);
+        let square = |values: &Tensor| values.to_dtype(DType::F64)?.sqr()?.sum_all();
+        let squares = waiting.into_iter().map(square).collect::<Result<Vec<_>>>()?;
+        sums.extend(Tensor::stack(&squares, 0)?.to_vec1::<f64>()?);
     }
     Ok(sums)
+}
+
+/// Takes the steps of those that a GPU has, all at once and to the bits of the CPU's loop; returns the others.
+pub(super) fn step_together(updates: Vec<Update<'_>>) -> Result<Vec<Update<'_>>> {
+    #[cfg(feature = "cuda")]
+    return gpu::step(updates);
+    #[cfg(not(feature = "cuda"))]
+    Ok(updates)
 }
