@@ -6,8 +6,16 @@
 //! [`Gpu`] is a device and a stream; everything here runs in that stream's order. Values are cudarc's [`CudaSlice`]s, so what
 //! another crate keeps on the device is used where it lies.
 
+pub mod attention;
+pub mod elementwise;
 mod libraries;
+pub mod linear;
 mod nearest;
+pub mod norm;
+pub mod pixels;
+mod real;
+#[cfg(test)]
+mod reference;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -18,6 +26,7 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverEr
 use cudarc::nvrtc::Ptx;
 pub use libraries::missing;
 pub use nearest::{Codebook, Method, Mode};
+pub use real::{Half, Kind, Real};
 
 use crate::Error;
 
@@ -32,6 +41,7 @@ pub struct Gpu {
     modules: Vec<Arc<CudaModule>>,
     functions: Mutex<HashMap<&'static str, CudaFunction>>,
     blas: OnceLock<CudaBlas>,
+    products: OnceLock<linear::Products>,
     /// Whether tensor cores were seen to sum within the bound.
     sums_held: OnceLock<bool>,
     processors: u32,
@@ -86,7 +96,7 @@ impl Gpu {
         let load = |image: &&[u8]| context.load_module(Ptx::from_binary(image.to_vec()));
         let modules = IMAGES.iter().map(load).collect::<Result<_, _>>()?;
         let processors = u32::try_from(context.attribute(PROCESSORS)?).unwrap_or(1).max(1);
-        Ok(Self { stream, modules, functions: Mutex::default(), blas: OnceLock::new(), sums_held: OnceLock::new(), processors })
+        Ok(Self { stream, modules, functions: Mutex::default(), blas: OnceLock::new(), products: OnceLock::new(), sums_held: OnceLock::new(), processors })
     }
 
     /// Where everything runs, in order.
@@ -105,6 +115,14 @@ impl Gpu {
             let _ = self.blas.set(CudaBlas::new(self.stream.clone())?);
         }
         self.blas.get().ok_or_else(|| Error::Gpu { message: "cuBLAS could not be opened".to_string() })
+    }
+
+    /// cuBLASLt and the products planned so far.
+    fn products(&self) -> Result<&linear::Products, Error> {
+        if self.products.get().is_none() {
+            let _ = self.products.set(linear::Products::open(&self.stream)?);
+        }
+        self.products.get().ok_or_else(|| real::refuse("cuBLASLt could not be opened"))
     }
 
     /// A kernel by the name it has in its source; `shared` bytes of dynamic shared memory are allowed to it.
