@@ -96,7 +96,15 @@ impl Gpu {
         let load = |image: &&[u8]| context.load_module(Ptx::from_binary(image.to_vec()));
         let modules = IMAGES.iter().map(load).collect::<Result<_, _>>()?;
         let processors = u32::try_from(context.attribute(PROCESSORS)?).unwrap_or(1).max(1);
-        Ok(Self { stream, modules, functions: Mutex::default(), blas: OnceLock::new(), products: OnceLock::new(), sums_held: OnceLock::new(), processors })
+        Ok(Self {
+            stream,
+            modules,
+            functions: Mutex::default(),
+            blas: OnceLock::new(),
+            products: OnceLock::new(),
+            sums_held: OnceLock::new(),
+            processors,
+        })
     }
 
     /// Where everything runs, in order.
