@@ -220,10 +220,11 @@ __device__ void attend(const Attention<T>& of) {
         all += __shfl_xor_sync(ALL_LANES, all, 1);
         all += __shfl_xor_sync(ALL_LANES, all, 2);
         if (row >= of.queries) continue;
+        const float inverse = 1.0f / all;
         T* to = out + (long long)row * of.heads * H + 2 * quarter;
 #pragma unroll
         for (int j = 0; j < COLUMNS; j++) {
-            const uint32_t both = pack<T>(sums[tile][j][2 * half] / all, sums[tile][j][2 * half + 1] / all);
+            const uint32_t both = pack<T>(sums[tile][j][2 * half] * inverse, sums[tile][j][2 * half + 1] * inverse);
             *reinterpret_cast<uint32_t*>(to + 8 * j) = both;
         }
     }

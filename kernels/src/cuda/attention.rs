@@ -89,7 +89,7 @@ pub fn fused_attention<T: Half>(
 ) -> Result<CudaSlice<T>, Error> {
     let sizes = Sizes { images, queries: tokens, keys: tokens, heads, width };
     let all = [images, tokens, 3, heads, width].iter().try_fold(1_usize, |product, x| product.checked_mul(*x));
-    if all != Some(qkv.len()) || qkv.len() == 0 {
+    if all.is_none_or(|all| all == 0 || all != qkv.len()) {
         let message = format!("attention: values of qkv, expected: those of {sizes:?}, got: {}", qkv.len());
         return Err(refuse(message));
     }

@@ -56,7 +56,8 @@ pub enum End<'a, T> {
 /// - output: `[M, E]`
 ///
 /// # Errors
-/// If an array has not the values of its shape, a size is zero, or cuBLASLt has no algorithm.
+/// If an array has not the values of its shape, a size is zero, or cuBLASLt has no algorithm for the product alone. (Where it
+/// has none for the end, a kernel of ours follows the product, which is rounded to T in between.)
 pub fn linear<T: Real>(
     gpu: &Gpu,
     x: &CudaView<'_, T>,
@@ -241,6 +242,7 @@ impl Plan {
         };
         use sys::cublasLtMatmulDescAttributes_t as Of;
         use sys::cublasLtMatmulPreferenceAttributes_t as Prefer;
+        use sys::cublasStatus_t::{CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED};
         let Shape { rows, inputs, outputs } = key.shape;
         let operation = Operation::new()?;
         operation.set(Of::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
@@ -276,7 +278,8 @@ impl Plan {
         };
         match found {
             Ok(found) => Ok(Some(Self { operation, weight, x, out, algorithm: found.algo })),
-            Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => Ok(None),
+            // Versions differ in how they say that there is none.
+            Err(CublasError(CUBLAS_STATUS_NOT_SUPPORTED | CUBLAS_STATUS_INVALID_VALUE)) => Ok(None),
             Err(error) => Err(refuse(format!("cuBLASLt: {:?} for {key:?}", error.0))),
         }
     }
