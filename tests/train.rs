@@ -40,6 +40,11 @@ use tempfile::TempDir;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vqrae-cli");
 
+/// Where runs compute that name no device: the CPU, whose bits do not depend on the machine, or what `VQRAE_TEST_DEVICE` says.
+fn test_device() -> String {
+    std::env::var("VQRAE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_string())
+}
+
 const CONFIG: &str = r#"
 [start]
 from = "principal-components"
@@ -119,7 +124,7 @@ impl Bench {
 
     fn command(&self, run: &str, more: &[&str]) -> Command {
         let mut command = Command::new(BINARY);
-        command.env("VQRAE_DEVICE", "cpu");
+        command.env("VQRAE_DEVICE", test_device());
         command.arg("train").arg("--config").arg(self.path("config.toml")).arg("--data").arg(self.path("photos"));
         command.arg("--val").arg(self.path("photos")).arg("--output-dir").arg(self.path(run)).args(more);
         command.stdin(Stdio::null());
@@ -186,7 +191,7 @@ fn a_run_logs_validates_and_leaves_a_model_that_tokenizes() {
 
     let (model, out) = (bench.path("run/model"), bench.path("out"));
     let mut tokenize = Command::new(BINARY);
-    tokenize.env("VQRAE_DEVICE", "cpu");
+    tokenize.env("VQRAE_DEVICE", test_device());
     tokenize.arg("tokenize").arg(bench.path("photos")).arg("-o").arg(&out).arg("--model").arg(&model);
     succeeds(&tokenize.output().expect("the binary"));
     assert!(out.join("codes/more/1.png.safetensors").exists());
@@ -421,7 +426,7 @@ fn on_a_full_disk_a_run_names_the_file_and_goes_on_once_there_is_room() {
         let command = bench.command(run, &all);
         let words: Vec<_> = command.get_args().map(|word| format!("'{}'", word.to_str().expect("a word"))).collect();
         let script = format!("trap '' XFSZ; ulimit -f 20; exec '{BINARY}' {}", words.join(" "));
-        Command::new("sh").args(["-c", &script]).env("VQRAE_DEVICE", "cpu").output().expect("a shell")
+        Command::new("sh").args(["-c", &script]).env("VQRAE_DEVICE", test_device()).output().expect("a shell")
     };
     fails_with(&limited("fresh"), &["model.safetensors"]);
     assert!(!bench.path("fresh/checkpoints/step-00000001").exists(), "a checkpoint without room");
@@ -478,7 +483,7 @@ fn encoder(bench: &Bench, fixture: &str) -> PathBuf {
 }
 
 fn cli(arguments: &[&str]) -> Output {
-    Command::new(BINARY).env("VQRAE_DEVICE", "cpu").args(arguments).stdin(Stdio::null()).output().expect("the program")
+    Command::new(BINARY).env("VQRAE_DEVICE", test_device()).args(arguments).stdin(Stdio::null()).output().expect("the program")
 }
 
 #[test]
@@ -503,7 +508,7 @@ fn the_four_models_of_the_starting_document_begin_train_ten_steps_and_tokenize()
     let trains = |run: &str, name: &str, start: &Path, more: &[&str]| {
         let start = format!("start.path={:?}", start.to_str().expect("a path"));
         let mut command = Command::new(BINARY);
-        command.env("VQRAE_DEVICE", "cpu");
+        command.env("VQRAE_DEVICE", test_device());
         command.args(["train", "--config", &recipe(name), "--data"]).arg(bench.path("photos"));
         command.arg("--val").arg(bench.path("photos")).arg("--output-dir").arg(bench.path(run));
         let steps = ["train.steps=10", "train.batch_size=3", "train.warmup_steps=2", "train.log_every=5"];
@@ -608,7 +613,7 @@ fn a_folder_without_photos_is_an_error() {
     let empty = bench.path("empty");
     std::fs::create_dir_all(&empty).expect("a folder");
     let mut command = Command::new(BINARY);
-    command.env("VQRAE_DEVICE", "cpu");
+    command.env("VQRAE_DEVICE", test_device());
     command.arg("train").arg("--config").arg(bench.path("config.toml")).arg("--data").arg(&empty);
     let output = command.arg("--output-dir").arg(bench.path("run")).output().expect("the binary");
     fails_with(&output, &["no photos", &empty.display().to_string()]);
@@ -621,7 +626,7 @@ fn a_tar_trains_like_its_folder() {
     make_tar(&bench.path("photos"), &tar);
     succeeds(&bench.train("folder", &["--set", "train.steps=3"]));
     let mut command = Command::new(BINARY);
-    command.env("VQRAE_DEVICE", "cpu");
+    command.env("VQRAE_DEVICE", test_device());
     command.arg("train").arg("--config").arg(bench.path("config.toml")).arg("--data").arg(&tar);
     command.arg("--output-dir").arg(bench.path("tar")).args(["--set", "train.steps=3"]);
     succeeds(&command.output().expect("the binary"));

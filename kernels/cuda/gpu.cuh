@@ -32,8 +32,9 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory, by one warp, all 32 lanes. Lane l names row l % 8 of matrix
-// l / 8, 16 bytes on a 16-byte boundary, and gets of each matrix m in r[m] its elements (l / 4, 2 (l % 4) .. + 1).
+// Four 8 x 8 matrices of 16-bit elements from shared memory, by one warp, all 32 lanes. Lane l names row l % 8 of
+// matrix l / 8, 16 bytes on a 16-byte boundary, and gets of each matrix m in r[m] its elements (l / 4, 2 (l % 4) .. +
+// 1).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -50,7 +51,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 }
 
 // 16 bytes from global to shared memory in the background, past L1; zeros where not `valid`, and `global` is not read
-// then. Both are on 16-byte boundaries. The bytes may be read after `cp_async_wait`, by other threads after a barrier too.
+// then. Both are on 16-byte boundaries. The bytes may be read after `cp_async_wait`, by other threads after a barrier
+// too.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(
                      static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
@@ -74,7 +76,8 @@ extern __shared__ __align__(128) unsigned char gpu_dynamic_shared[];
 
 #endif
 
-// A kernel that is found by its name. (`cpu/build.sh` finds kernels by these two words, so templates need a KERNEL each.)
+// A kernel that is found by its name. (`cpu/build.sh` finds kernels by these two words, so templates need a KERNEL
+// each.)
 #define KERNEL extern "C" __global__ void
 
 constexpr unsigned ALL_LANES = 0xffffffffu;

@@ -123,7 +123,7 @@ def compare(a, shape, folder):
         for _ in range(a.rounds):
             everyone = without_failures(everyone, lambda way: way.run())
         with tempfile.TemporaryDirectory() as scratch:
-            ours = torch.from_numpy(codes_of([worker], folder, pathlib.Path(scratch), batch)["ours", a.dtype])
+            ours = torch.from_numpy(codes_of([worker], folder, pathlib.Path(scratch), batch)["ours", a.dtype].astype("int64"))
         fastest = {way.name: statistics.median(way.seconds) for way in everyone}
         for way in everyone:
             seconds = fastest[way.name]

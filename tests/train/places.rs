@@ -6,12 +6,12 @@ use std::process::{Command, Stdio};
 use vqrae::image::{Preprocessor, Resample};
 use vqrae::train::data::{Crops, Photos, Sizes};
 
-use super::{BINARY, Bench, fails_with, stderr, succeeds};
+use super::{BINARY, Bench, fails_with, stderr, succeeds, test_device};
 
 /// A run on these places.
 fn train(bench: &Bench, run: &str, places: &[&str], more: &[&str]) -> std::process::Output {
     let mut command = Command::new(BINARY);
-    command.env("VQRAE_DEVICE", "cpu");
+    command.env("VQRAE_DEVICE", test_device());
     command.arg("train").arg("--config").arg(bench.path("config.toml")).arg("--data").args(places);
     command.arg("--output-dir").arg(bench.path(run)).args(["--set", "train.steps=3"]).args(more);
     command.current_dir(bench.path("")).stdin(Stdio::null()).output().expect("the binary")

@@ -122,7 +122,13 @@ fn open_card(card: usize) -> Result<Device> {
     if let Some(missing) = vqrae_kernels::cuda::missing() {
         bail!("cuda:{card} cannot be used: {missing}; or pass --device cpu");
     }
-    Device::new_cuda_with_stream(card).map_err(|error| anyhow::anyhow!(refusal(card, &error.to_string())))
+    let open = || {
+        let device = Device::new_cuda_with_stream(card)?;
+        // A card that is too old for the kernels is refused here rather than at the first of them.
+        vqrae_kernels::cuda::Gpu::on(&device.as_cuda_device()?.cuda_stream())?;
+        anyhow::Ok(device)
+    };
+    open().map_err(|error| anyhow::anyhow!(refusal(card, &error.to_string())))
 }
 
 #[cfg(not(feature = "cuda"))]

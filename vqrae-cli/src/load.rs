@@ -137,13 +137,10 @@ pub(crate) fn upload(stack: &Tensor, model: &Vqrae) -> Result<Tensor> {
 
 /// What [`Preprocessor::normalize`] makes of pixels u8 `[B, H, W, 3]`, on their device: f32 `[B, 3, H, W]`, the same bits.
 fn normalised(pixels: &Tensor, preprocessor: &Preprocessor) -> candle_core::Result<Tensor> {
-    let (b, h, w, _) = pixels.dims4()?;
-    // Every level in every channel: its place in `table` is the channel's, then the level.
+    // Every level in every channel.
     let levels = Rgb { width: 256, height: 1, data: (0..=255).flat_map(|level| [level; 3]).collect() };
-    let table = Tensor::from_vec(preprocessor.normalize(&levels), 3 * 256, pixels.device())?;
-    let channels = Tensor::new(&[0u32, 256, 512], pixels.device())?;
-    let places = pixels.to_dtype(DType::U32)?.broadcast_add(&channels)?;
-    table.index_select(&places.flatten_all()?, 0)?.reshape((b, h, w, 3))?.permute((0, 3, 1, 2))?.contiguous()
+    let levels = Tensor::from_vec(preprocessor.normalize(&levels), (3, 256), pixels.device())?;
+    vqrae::ops::pixels(pixels, &levels)
 }
 
 #[cfg(test)]

@@ -449,7 +449,8 @@ impl Vqrae {
     /// The number format and, where sums could differ, the arithmetic: models of one precision give the same bits.
     ///
     /// `f32` is one arithmetic on every CPU with AVX2, AVX-512 or NEON. The bf16 instructions of AVX-512 and of AMX round
-    /// in ways of their own (`bf16/avx512-bf16`, `bf16/amx-bf16`), unlike bf16 numbers multiplied as f32 (`bf16/fma`).
+    /// in ways of their own (`bf16/avx512-bf16`, `bf16/amx-bf16`), unlike bf16 numbers multiplied as f32 (`bf16/fma`). GPUs
+    /// of one compute capability share a name (`bf16/cuda-9.0`).
     pub fn precision(&self) -> &str {
         &self.precision
     }
@@ -460,7 +461,8 @@ impl Stages {
     fn new(loader: Loader, config: &Config, device: &Device, dtype: DType) -> Result<(Self, String)> {
         if !device.is_cpu() || config.encoder.is_stock() {
             let network = Network::load(loader.builder(dtype, device), config)?;
-            return Ok((Self::Tensors(Arc::new(network)), format!("{}/candle", dtype.as_str())));
+            let precision = format!("{}/{}", dtype.as_str(), crate::ops::arithmetic(device)?);
+            return Ok((Self::Tensors(Arc::new(network)), precision));
         }
         let isa = Isa::detect()?;
         let config = config.clone();

@@ -7,6 +7,9 @@
 # candle-kernels' src folder; without it the newest of cargo's registry is taken. --plant builds our kernels with a bug
 # that tests must find. --check runs the self-tests.
 #
+# A program takes the libraries for the real ones. How they play is set by VQRAE_GPU_ORDER and _THREADS (scheduler.h), _MMA
+# (tensor.cpp), _COUNT, _CAPABILITY and _MEMORY (driver.cpp).
+#
 # Needs g++ (CXX) and CUDA's headers under CUDA_HOME, but neither nvcc nor a GPU. JOBS=2 compilers at a time.
 set -eu
 
@@ -29,7 +32,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ -n "$out" ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ -n "$out" ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ -f "${CUDA_HOME:-}/include/cuda_fp16.h" ] || { echo "CUDA_HOME has no include/cuda_fp16.h: ${CUDA_HOME:-unset}" >&2; exit 2; }
 mkdir -p "$out/build"
 out=$(cd "$out" && pwd)
@@ -41,7 +44,7 @@ fi
 
 CXX=${CXX:-g++}
 # Like nvcc, the compiler may fuse a * b + c; unlike it, it would assume that a float4 never lies where floats do.
-flags="-O2 -std=c++17 -fPIC -fno-strict-aliasing -fno-gnu-unique -isystem $CUDA_HOME/include -isystem $CUDA_HOME/include/cccl -I$here"
+flags="-O2 -std=c++17 -fPIC -fno-strict-aliasing -fno-gnu-unique -fno-extern-tls-init -isystem $CUDA_HOME/include -isystem $CUDA_HOME/include/cccl -I$here"
 [ "$(uname -m)" = x86_64 ] && flags="$flags -march=native"
 warnings="-Wall -Wextra -Wno-unknown-pragmas"
 

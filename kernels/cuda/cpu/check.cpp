@@ -98,8 +98,8 @@ void products(const char* kernel, T (*from)(float)) {
 }
 
 // 1 and sixteen times 2^-25: each product is below the last place that a tensor core keeps beside 1, so it sums to 1.
-// Beside zero all are kept. Minus 1 and one product of 2^-24: that is the last place, and cut to f32 the sum goes towards
-// zero, 1 - 2^-24, whose neighbour further out is 1.
+// Beside zero all are kept. Minus 1 and one product of 2^-24: that is the last place, and cut to f32 the sum goes
+// towards zero, 1 - 2^-24, whose neighbour further out is 1.
 void truncation() {
     const auto one_product = [](float value, float product_a, float product_b, int count) {
         std::vector<__half> a(256, __float2half(0)), b(128, __float2half(0));

@@ -21,6 +21,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -389,6 +391,29 @@ CUresult CUDAAPI cuCtxGetDevice(CUdevice* device) {
     return CUDA_SUCCESS;
 }
 
+CUresult CUDAAPI cuCtxCreate(CUcontext* context, CUctxCreateParams*, unsigned, CUdevice device) {
+    if (device < 0 || device >= device_count()) return CUDA_ERROR_INVALID_DEVICE;
+    *context = current_context = new CUctx_st{device};
+    return CUDA_SUCCESS;
+}
+
+CUresult CUDAAPI cuCtxDestroy(CUcontext context) {
+    if (!context || context == primary_context(context->device)) return CUDA_ERROR_INVALID_CONTEXT;
+    if (current_context == context) current_context = nullptr;
+    delete context;
+    return CUDA_SUCCESS;
+}
+
+CUresult CUDAAPI cuCtxGetLimit(size_t* value, CUlimit) {
+    *value = 0;
+    return CUDA_SUCCESS;
+}
+
+CUresult CUDAAPI cuCtxGetCacheConfig(CUfunc_cache* config) {
+    *config = CU_FUNC_CACHE_PREFER_NONE;
+    return CUDA_SUCCESS;
+}
+
 CUresult CUDAAPI cuCtxSynchronize() { return current_context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT; }
 CUresult CUDAAPI cuCtxSetFlags(unsigned) { return CUDA_SUCCESS; }
 CUresult CUDAAPI cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
@@ -619,6 +644,13 @@ CUresult CUDAAPI cuModuleLoadDataEx(CUmodule* module, const void* image, unsigne
 }
 
 CUresult CUDAAPI cuModuleLoadFatBinary(CUmodule* module, const void* image) { return cuModuleLoadData(module, image); }
+
+CUresult CUDAAPI cuModuleLoad(CUmodule* module, const char* path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) return CUDA_ERROR_FILE_NOT_FOUND;
+    const std::string image((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+    return cuModuleLoadData(module, image.c_str());
+}
 
 CUresult CUDAAPI cuModuleUnload(CUmodule module) {
     delete module;

@@ -3,10 +3,10 @@
 // Every thread of a block is a fiber; barriers, shuffles, votes, mma.sync, ldmatrix and cp.async are played as the PTX
 // manual describes them. Types and 16-bit arithmetic are NVIDIA's own, from the toolkit's headers.
 //
-// What it shows: wrong indices and fragments, missing barriers and waits (in one of the orders, see `scheduler.h`), shared
-// memory that is read before it is written (it is NaN), misaligned ldmatrix and cp.async, lanes that meet in different
-// collectives. What it cannot show: races within one instruction of a warp, bank conflicts, registers, speed, memory
-// order. A loop that spins until another thread writes never ends here.
+// What it shows: wrong indices and fragments, missing barriers and waits (in one of the orders, see `scheduler.h`),
+// shared memory that is read before it is written (it is NaN), misaligned ldmatrix and cp.async, lanes that meet in
+// different collectives. What it cannot show: races within one instruction of a warp, bank conflicts, registers, speed,
+// memory order. A loop that spins until another thread writes never ends here.
 #pragma once
 
 #include "scheduler.h"
@@ -47,7 +47,8 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-// One a block: a block is played by one OS thread, whose fibers share what is thread-local. Inside a function that is static.
+// One a block: a block is played by one OS thread, whose fibers share what is thread-local. Inside a function that is
+// static.
 #define __shared__ thread_local
 
 #define threadIdx (::gpu::lane->thread)
@@ -252,15 +253,18 @@ struct And { template <class T> T operator()(T a, T b) const { return a & b; } }
 struct Or { template <class T> T operator()(T a, T b) const { return a | b; } };
 struct Xor { template <class T> T operator()(T a, T b) const { return a ^ b; } };
 }  // namespace gpu
-inline unsigned __reduce_add_sync(unsigned mask, unsigned v) { return gpu::reduce(mask, v, gpu::Add(), "__reduce_add_sync"); }
-inline int __reduce_add_sync(unsigned mask, int v) { return gpu::reduce(mask, v, gpu::Add(), "__reduce_add_sync"); }
-inline unsigned __reduce_min_sync(unsigned mask, unsigned v) { return gpu::reduce(mask, v, gpu::Min(), "__reduce_min_sync"); }
-inline int __reduce_min_sync(unsigned mask, int v) { return gpu::reduce(mask, v, gpu::Min(), "__reduce_min_sync"); }
-inline unsigned __reduce_max_sync(unsigned mask, unsigned v) { return gpu::reduce(mask, v, gpu::Max(), "__reduce_max_sync"); }
-inline int __reduce_max_sync(unsigned mask, int v) { return gpu::reduce(mask, v, gpu::Max(), "__reduce_max_sync"); }
-inline unsigned __reduce_and_sync(unsigned mask, unsigned v) { return gpu::reduce(mask, v, gpu::And(), "__reduce_and_sync"); }
-inline unsigned __reduce_or_sync(unsigned mask, unsigned v) { return gpu::reduce(mask, v, gpu::Or(), "__reduce_or_sync"); }
-inline unsigned __reduce_xor_sync(unsigned mask, unsigned v) { return gpu::reduce(mask, v, gpu::Xor(), "__reduce_xor_sync"); }
+#define GPU_REDUCE(name, T, Operation) \
+    inline T name(unsigned mask, T value) { return gpu::reduce(mask, value, gpu::Operation(), #name); }
+GPU_REDUCE(__reduce_add_sync, unsigned, Add)
+GPU_REDUCE(__reduce_add_sync, int, Add)
+GPU_REDUCE(__reduce_min_sync, unsigned, Min)
+GPU_REDUCE(__reduce_min_sync, int, Min)
+GPU_REDUCE(__reduce_max_sync, unsigned, Max)
+GPU_REDUCE(__reduce_max_sync, int, Max)
+GPU_REDUCE(__reduce_and_sync, unsigned, And)
+GPU_REDUCE(__reduce_or_sync, unsigned, Or)
+GPU_REDUCE(__reduce_xor_sync, unsigned, Xor)
+#undef GPU_REDUCE
 
 // ---- tensor cores and copies in the background, as `gpu.cuh` describes them
 
@@ -377,7 +381,8 @@ inline float __int2float_rn(int v) { return static_cast<float>(v); }
 inline float __uint2float_rn(unsigned v) { return static_cast<float>(v); }
 
 namespace gpu {
-// A sum or a conversion rounded towards an infinity: the nearest value, or its neighbour where that is on the wrong side.
+// A sum or a conversion rounded towards an infinity: the nearest value, or its neighbour where that is on the wrong
+// side.
 template <class To>
 To towards(long double exact, bool up) {
     const To nearest = static_cast<To>(exact);

@@ -334,8 +334,8 @@ class Worker {
         if (launch_->order.kind == Order::Random) std::shuffle(lanes.begin(), lanes.end(), random_);
     }
 
-    // Makes lanes ready. Those of a warp go first, so that a warp runs far ahead of the others until a barrier stops it:
-    // that is what shows where one is missing. In random order it is up to chance.
+    // Makes lanes ready. Those of a warp go first, so that a warp runs far ahead of the others until a barrier stops
+    // it: that is what shows where one is missing. In random order it is up to chance.
     void make_ready(std::vector<unsigned>& lanes, bool ahead) {
         std::sort(lanes.begin(), lanes.end());
         arrange(lanes);
@@ -581,7 +581,8 @@ void copy_start(void* shared, const void* global) {
     if (reinterpret_cast<uintptr_t>(shared) % 16) fail("cp_async_16 to %p, which is on no 16-byte boundary", shared);
     if (reinterpret_cast<uintptr_t>(global) % 16) fail("cp_async_16 from %p, which is on no 16-byte boundary", global);
     check_shared(shared, "cp_async_16");
-    // The bytes are anything until the wait: who still reads the old ones, or reads the new ones too early, sees poison.
+    // The bytes are anything until the wait: who still reads the old ones, or reads the new ones too early, sees
+    // poison.
     std::memset(shared, POISON, 16);
     lane->copies.push_back({shared, global, lane->groups});
 }

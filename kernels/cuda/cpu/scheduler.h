@@ -53,8 +53,8 @@ void meet_block(bool vote);
 // What the last lane to come does for all that meet: `arguments[l]` is lane l's where bit l of `present` is set.
 using Act = void (*)(void* const* arguments, unsigned present);
 
-// Waits for the lanes of this warp that `mask` names and that have not returned; the last one to come acts. All must come
-// with the same act.
+// Waits for the lanes of this warp that `mask` names and that have not returned; the last one to come acts. All must
+// come with the same act.
 void meet_warp(unsigned mask, Act act, void* argument, const char* what);
 
 // As `meet_warp` of all 32 lanes, none of which may be missing.

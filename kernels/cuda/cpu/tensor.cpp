@@ -1,9 +1,9 @@
 // mma.sync and ldmatrix, by what the PTX manual says each lane holds.
 //
-// A tensor core's sum is not documented. What is published of it (Khattak and Mikaitis, arXiv 2512.07004, give models per
-// part): the addends, c among them, are aligned to the largest exponent and cut off, not rounded, one or more bits below
-// f32's last; the sum is cut off to f32. That is played here with blocks of 8 products and one bit more, which is harsher
-// than rounding. VQRAE_GPU_MMA=nearest sums in f64 and rounds once instead, which is closer than any GPU is.
+// A tensor core's sum is not documented. What is published of it (Khattak and Mikaitis, arXiv 2512.07004, give models
+// per part): the addends, c among them, are aligned to the largest exponent and cut off, not rounded, one or more bits
+// below f32's last; the sum is cut off to f32. That is played here with blocks of 8 products and one bit more, which is
+// harsher than rounding. VQRAE_GPU_MMA=nearest sums in f64 and rounds once instead, which is closer than any GPU is.
 
 #include "emulator.h"
 

@@ -6,8 +6,16 @@
 //! [`Gpu`] is a device and a stream; everything here runs in that stream's order. Values are cudarc's [`CudaSlice`]s, so what
 //! another crate keeps on the device is used where it lies.
 
+pub mod attention;
+pub mod elementwise;
 mod libraries;
+pub mod linear;
 mod nearest;
+pub mod norm;
+pub mod pixels;
+mod real;
+#[cfg(test)]
+mod reference;
 pub mod training;
 
 use std::collections::HashMap;
@@ -19,6 +27,7 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverEr
 use cudarc::nvrtc::Ptx;
 pub use libraries::missing;
 pub use nearest::{Codebook, Method, Mode};
+pub use real::{Half, Kind, Real};
 
 use crate::Error;
 
@@ -33,6 +42,7 @@ pub struct Gpu {
     modules: Vec<Arc<CudaModule>>,
     functions: Mutex<HashMap<&'static str, CudaFunction>>,
     blas: OnceLock<CudaBlas>,
+    products: OnceLock<linear::Products>,
     /// Whether tensor cores were seen to sum within the bound.
     sums_held: OnceLock<bool>,
     processors: u32,
@@ -92,6 +102,7 @@ impl Gpu {
             modules,
             functions: Mutex::default(),
             blas: OnceLock::new(),
+            products: OnceLock::new(),
             sums_held: OnceLock::new(),
             processors,
         })
@@ -113,6 +124,14 @@ impl Gpu {
             let _ = self.blas.set(CudaBlas::new(self.stream.clone())?);
         }
         self.blas.get().ok_or_else(|| Error::Gpu { message: "cuBLAS could not be opened".to_string() })
+    }
+
+    /// cuBLASLt and the products planned so far.
+    fn products(&self) -> Result<&linear::Products, Error> {
+        if self.products.get().is_none() {
+            let _ = self.products.set(linear::Products::open(&self.stream)?);
+        }
+        self.products.get().ok_or_else(|| real::refuse("cuBLASLt could not be opened"))
     }
 
     /// A kernel by the name it has in its source; `shared` bytes of dynamic shared memory are allowed to it.

@@ -49,7 +49,7 @@ impl Step<'_> {
         use candle_core::Error;
         use vqrae_kernels::cuda::training::{self, ByCode, Smoothing};
 
-        use super::cuda::{self, Held};
+        use super::cuda::{self, hold};
 
         let (k, e) = self.codes.dims2()?;
         let device = self.codes.device();
@@ -62,7 +62,7 @@ impl Step<'_> {
         };
         for (features, indices) in self.batches {
             let (features, indices) = (features.contiguous()?, indices.contiguous()?);
-            let (features, indices) = (Held::new(&features)?, Held::new(&indices)?);
+            let (features, indices) = (hold(&features), hold(&indices));
             let by_code = ByCode::sort(&gpu, &indices.view()?, k).map_err(Error::wrap)?;
             let (sizes, sums) = (&mut sizes.as_view_mut(), &mut sums.as_view_mut());
             by_code.follow(&gpu, &features.view()?, e, self.decay, sizes, sums).map_err(Error::wrap)?;
@@ -80,7 +80,7 @@ impl Step<'_> {
         if !dead.is_empty() {
             let narrow = |indices: Vec<usize>| indices.into_iter().map(|i| i as u32).collect::<Vec<u32>>();
             let (dead, chosen) = (narrow(dead), narrow(chosen));
-            let features = Held::new(&features)?;
+            let features = hold(&features);
             let (codes, sizes, sums) = (&mut codes.as_view_mut(), &mut sizes.as_view_mut(), &mut sums.as_view_mut());
             training::restart(&gpu, &features.view()?, e, (&chosen, &dead), self.reset, codes, sizes, sums)
                 .map_err(Error::wrap)?;

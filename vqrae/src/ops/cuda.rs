@@ -1,7 +1,8 @@
 //! candle's tensors as the kernels' slices, where they lie.
 
 use std::cell::Cell;
-use std::sync::{Arc, RwLockReadGuard};
+use std::ops::Deref;
+use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDType, cudarc};
@@ -37,7 +38,7 @@ pub(crate) fn slice<'a, T: CudaDType>(storage: &'a CudaStorage, layout: &Layout)
 pub(crate) fn copy(tensor: &Tensor) -> Result<CudaSlice<f32>> {
     let tensor = tensor.contiguous()?;
     let stream = tensor.device().as_cuda_device()?.cuda_stream();
-    stream.clone_dtod(&Held::new(&tensor)?.view::<f32>()?).map_err(candle_core::Error::wrap)
+    stream.clone_dtod(&hold(&tensor).view::<f32>()?).map_err(candle_core::Error::wrap)
 }
 
 /// A tensor of what a kernel made, without a gradient.
@@ -76,17 +77,17 @@ pub(crate) fn address(tensor: &Tensor) -> Result<CUdeviceptr> {
 }
 
 /// A tensor kept from changing while a kernel is given it.
-pub(crate) struct Held<'a> {
-    storage: RwLockReadGuard<'a, Storage>,
+pub(crate) struct Held<'a, G> {
+    storage: G,
     layout: &'a Layout,
 }
 
-impl<'a> Held<'a> {
-    pub(crate) fn new(tensor: &'a Tensor) -> Result<Self> {
-        let (storage, layout) = tensor.storage_and_layout();
-        Ok(Self { storage, layout })
-    }
+pub(crate) fn hold(tensor: &Tensor) -> Held<'_, impl Deref<Target = Storage>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    Held { storage, layout }
+}
 
+impl<G: Deref<Target = Storage>> Held<'_, G> {
     pub(crate) fn view<T: CudaDType>(&self) -> Result<CudaView<'_, T>> {
         match &*self.storage {
             Storage::Cuda(storage) => slice(storage, self.layout),

@@ -64,6 +64,18 @@ fn fused(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
+/// Whose arithmetic tensor operations use on a device: GPUs of one compute capability give the same sums.
+pub(crate) fn arithmetic(device: &candle_core::Device) -> Result<String> {
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = device {
+        let capability = device.cuda_stream().context().compute_capability();
+        let (major, minor) = capability.map_err(candle_core::Error::wrap)?;
+        return Ok(format!("cuda-{major}.{minor}"));
+    }
+    let _ = device;
+    Ok("candle".to_string())
+}
+
 /// Whether products end in what follows them, so that [`Linear::then_gelu`] and [`Linear::onto`] save passes over memory: on a
 /// GPU without gradients.
 pub(crate) fn ends(x: &Tensor, linear: &Linear) -> bool {

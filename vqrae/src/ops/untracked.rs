@@ -8,14 +8,14 @@ use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use half::{bf16, f16};
-use vqrae_kernels::cuda::attention::{self, Half};
+use vqrae_kernels::cuda::attention;
 use vqrae_kernels::cuda::elementwise;
 use vqrae_kernels::cuda::linear::{self, End};
 use vqrae_kernels::cuda::norm::{Centre, Norm};
-use vqrae_kernels::cuda::{Gpu, pixels};
+use vqrae_kernels::cuda::{Gpu, Half, pixels};
 
 use super::GeluForm;
-use super::cuda::{self, Held};
+use super::cuda::{self, hold};
 
 /// Whether `x` and the parameters are on a GPU, of one dtype that kernels know, and no gradient is asked for.
 pub(crate) fn serves(x: &Tensor, parameters: &[&Tensor]) -> bool {
@@ -67,9 +67,9 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor, last: Last<'_>)
     let (weight, bias) = (weight.contiguous()?, bias.contiguous()?);
     let residual = if let Last::Plus(residual) = last { Some(residual.contiguous()?) } else { None };
     typed!(x.dtype(), T => run("linear", x, Shape::from(shape), |gpu, x| {
-        let (weight, bias) = (Held::new(&weight)?, Held::new(&bias)?);
-        let residual = residual.as_ref().map(Held::new).transpose()?;
-        let residual = residual.as_ref().map(Held::view::<T>).transpose()?;
+        let (weight, bias) = (hold(&weight), hold(&bias));
+        let residual = residual.as_ref().map(hold);
+        let residual = residual.as_ref().map(|held| held.view::<T>()).transpose()?;
         let end = match (&residual, last) {
             (Some(residual), _) => End::Residual(residual),
             (None, Last::Gelu) => End::Gelu,
@@ -114,10 +114,10 @@ pub(crate) fn norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64)
     let weight = weight.contiguous()?;
     let bias = bias.map(Tensor::contiguous).transpose()?;
     typed!(x.dtype(), T => run("norm", x, x.shape().clone(), |gpu, x| {
-        let held = Held::new(&weight)?;
-        let held_bias = bias.as_ref().map(Held::new).transpose()?;
+        let held = hold(&weight);
+        let held_bias = bias.as_ref().map(hold);
         let centre = if bias.is_some() { Centre::Mean } else { Centre::Zero };
-        let bias = held_bias.as_ref().map(Held::view::<T>).transpose()?;
+        let bias = held_bias.as_ref().map(|held| held.view::<T>()).transpose()?;
         let norm = Norm::<T> { centre, weight: held.view()?, bias, eps: eps as f32 };
         norm.of(gpu, x).map_err(candle_core::Error::wrap)
     }))
@@ -150,7 +150,7 @@ pub(crate) fn gate(x: &Tensor) -> Result<Tensor> {
 pub(crate) fn add_scaled(residual: &Tensor, x: &Tensor, scale: &Tensor) -> Result<Tensor> {
     let (residual, scale) = (residual.contiguous()?, scale.contiguous()?);
     typed!(x.dtype(), T => run("add", x, x.shape().clone(), |gpu, x| {
-        let (residual, scale) = (Held::new(&residual)?, Held::new(&scale)?);
+        let (residual, scale) = (hold(&residual), hold(&scale));
         let (residual, scale) = (residual.view::<T>()?, scale.view::<T>()?);
         elementwise::add::<T>(gpu, x, None, Some(&scale), Some(&residual)).map_err(candle_core::Error::wrap)
     }))
@@ -160,7 +160,7 @@ pub(crate) fn add_scaled(residual: &Tensor, x: &Tensor, scale: &Tensor) -> Resul
 pub(crate) fn normalise(bytes: &Tensor, levels: &Tensor) -> Result<Tensor> {
     let (b, h, w, _) = bytes.dims4()?;
     run("pixels", bytes, Shape::from((b, 3, h, w)), |gpu, bytes| {
-        let levels = Held::new(levels)?;
+        let levels = hold(levels);
         let layout = pixels::Layout::Planes;
         pixels::normalise::<f32>(gpu, bytes, &levels.view()?, (h, w), layout).map_err(candle_core::Error::wrap)
     })
