@@ -9,7 +9,6 @@ use vqrae_kernels::cuda::cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
 use vqrae_kernels::cuda::{Codebook, Gpu, Method, Mode};
 use vqrae_kernels::{Metric, Stats, nearest};
 
-use super::inputs::Inputs;
 use super::search::{Row, Wanted, checked};
 use super::table::median;
 use crate::interrupts::interrupted;
@@ -183,6 +182,7 @@ pub(super) fn gpu_name(device: &vqrae::Device) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::inputs::Inputs;
     use super::*;
 
     #[test]
