@@ -33,7 +33,7 @@
 //! # Features
 //! - `mozjpeg` (default): JPEG decoding bit-exact to Pillow; without it a pure-Rust decoder that is close
 //! - `shipped-model` (default): the library carries the model of `weights/vqrae-small`
-//! - `cuda`: candle's CUDA device
+//! - `cuda`: NVIDIA GPUs, by [`vqrae_kernels`]' kernels and candle's; needs nvcc to build and nothing of CUDA to start
 
 mod cholesky;
 pub mod codebook;

@@ -839,7 +839,7 @@ impl Gpu {
             match row % 4 {
                 0 => ones | mantissa,
                 1 => (ones | mantissa) ^ ((random as u16) & 0x8000),
-                2 if i % 2 == 0 => 0x5400 | mantissa,
+                2 if i.is_multiple_of(2) => 0x5400 | mantissa,
                 2 => 0x1400 | mantissa,
                 _ if i == 0 => 0x7000 | mantissa,
                 _ => ones | mantissa,
