@@ -95,3 +95,15 @@ impl<G: Deref<Target = Storage>> Held<'_, G> {
         }
     }
 }
+
+/// A GPU for a test, `None` where there is none; where `VQRAE_REQUIRE_GPU` is set that is a failure.
+#[cfg(test)]
+pub(crate) fn test_device() -> Option<Device> {
+    match Device::new_cuda_with_stream(0) {
+        Ok(device) => Some(device),
+        Err(error) => {
+            assert!(std::env::var_os("VQRAE_REQUIRE_GPU").is_none(), "{error}");
+            None
+        }
+    }
+}

@@ -12,6 +12,7 @@
 
 mod attention;
 pub(crate) mod averages;
+mod chosen;
 pub mod composed;
 mod conv;
 #[cfg(feature = "cuda")]
@@ -30,6 +31,7 @@ mod window;
 
 pub use attention::attention;
 pub(crate) use attention::attention_of_all;
+pub(crate) use chosen::{commitment, transformed_rows};
 pub use conv::{Conv2d, conv2d, conv2d_relu};
 pub use depthwise::depthwise_conv2d;
 pub(crate) use gelu::Form as GeluForm;

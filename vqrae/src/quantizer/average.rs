@@ -335,4 +335,48 @@ mod tests {
         state.restart(&[7.], &Whole, &mut |n, amount| (n - amount..n).collect()).unwrap();
         assert_eq!((state.codes, state.sizes), (vec![0., 7.], vec![1., 100.]));
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_gpu_has_the_averages_of_the_cpu_bit_for_bit() {
+        use candle_core::Device;
+
+        let Some(gpu) = crate::ops::cuda::test_device() else { return };
+        let wave = |shape: &[usize], phase: f32, device: &Device| {
+            let values =
+                (0..shape.iter().product()).map(|i: usize| (i as f32 * 0.7 + phase).sin() * 1.5f32.powi(i as i32 % 40));
+            Tensor::from_vec(values.collect::<Vec<f32>>(), shape, device).unwrap()
+        };
+        for (metric, begun, levels) in
+            [(Metric::Euclidean, true, 1), (Metric::Cosine, true, 2), (Metric::Euclidean, false, 1)]
+        {
+            let run = |device: &Device| {
+                let (k, e) = (7, 5);
+                let config =
+                    EmaConfig { threshold_ema_dead_code: 0.3, reset_cluster_size: Some(0.7), ..EmaConfig::default() };
+                let sizes = wave(&[k], 2.0, device).abs().unwrap();
+                let (cluster_size, embed_avg) = match begun {
+                    true => (sizes, wave(&[k, e], 3.0, device)),
+                    false => (sizes.zeros_like().unwrap(), wave(&[k, e], 3.0, device).zeros_like().unwrap()),
+                };
+                let averages = Averages { config, cluster_size, embed_avg };
+                let batch = |level: usize| {
+                    let indices: Vec<u32> = (0..12).map(|i| (i * i + level as u32) % 5).collect();
+                    (wave(&[2, 6, e], level as f32, device), Tensor::from_vec(indices, (2, 6), device).unwrap())
+                };
+                let batches: Vec<_> = (0..levels).map(batch).collect();
+                let mut drawn = Vec::new();
+                let mut last = |n: usize, amount: usize| {
+                    drawn.push((n, amount));
+                    (n - amount..n).collect()
+                };
+                let codebook = wave(&[k, e], 4.0, device);
+                let tensors = averages.update(&codebook, metric, &batches, &Whole, &mut last).unwrap();
+                let bits = |x: &Tensor| array(x).unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                (tensors.iter().map(|(name, x)| (name.clone(), bits(x))).collect::<Vec<_>>(), drawn)
+            };
+            let (here, expected) = (run(&gpu), run(&Device::Cpu));
+            assert_eq!(here, expected, "{metric:?} {begun} {levels}");
+        }
+    }
 }

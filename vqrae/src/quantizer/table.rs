@@ -9,7 +9,7 @@ use vqrae_kernels as kernels;
 use super::bottleneck::{DROPPED, check_cost, check_range, check_size};
 use super::entropy::{EntropyConfig, entropies};
 use super::{Gradient, Quantized};
-use crate::ops::Search;
+use crate::ops::{self, Search};
 
 /// What nearest means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -139,9 +139,22 @@ impl Table {
         let met = self.choices.metric.met(h)?;
         let prepared = self.prepare()?;
         let indices = prepared.search.nearest(&met)?; // [B,N]
-        let codes = gather(&prepared.codes, &indices)?;
+        let codes = self.chosen(&prepared.codes, &indices)?;
         let tokens = self.choices.gradient.pass(&met, &indices, &codes, &prepared.codes, self.choices.metric)?;
         Ok(Chosen { met, indices, codes, tokens })
+    }
+
+    /// Rows of `codes` `[K, e]` by indices `[B, N]`, with their gradient to the codebook or the layer it goes through.
+    fn chosen(&self, codes: &Tensor, indices: &Tensor) -> Result<Tensor> {
+        // Codes of length one are not the layer's own.
+        let is_own = self.choices.metric != Metric::Cosine && !self.choices.learns;
+        if let Some(Transform { weight, bias }) = self.transform.as_ref().filter(|_| is_own)
+            && let Some(rows) = ops::transformed_rows(codes, &self.codebook, weight, indices)?
+        {
+            // Their value has the bias already.
+            return bias.as_ref().map_or(Ok(rows.clone()), |bias| rows.broadcast_add(&(bias - bias.detach())?));
+        }
+        gather(codes, indices)
     }
 
     /// The codes `[B, N, e]` of indices u32 `[B, N]`; those of [`DROPPED`], where it is allowed, are zero.
@@ -173,7 +186,7 @@ impl Table {
     /// - [`EntropyConfig`]
     pub(super) fn loss(&self, h: &Tensor, indices: &Tensor, q: &Tensor) -> Result<Tensor> {
         let Choices { metric, gradient, codebook_cost, commitment_cost, entropy, .. } = self.choices;
-        let mut loss = ((h - q.detach())?.sqr()?.mean_all()? * commitment_cost)?;
+        let mut loss = ops::commitment(h, q, commitment_cost)?;
         if codebook_cost > 0.0 {
             let mut term = match metric {
                 Metric::Euclidean | Metric::Cosine => (h.detach() - q)?.sqr()?.mean_all()?,

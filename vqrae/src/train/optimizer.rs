@@ -291,11 +291,11 @@ mod tests {
     use super::*;
 
     /// A matrix and a vector, their gradients, and an optimizer that has them where `place` puts them.
-    fn toy(place: fn(&Tensor) -> Values) -> (BTreeMap<String, Var>, Gradients, AdamW) {
+    fn toy(device: &Device, place: fn(&Tensor) -> Values) -> (BTreeMap<String, Var>, Gradients, AdamW) {
         let wave = |shape: &[usize], phase: f32| {
             let n = shape.iter().product::<usize>();
             let values = (0..n).map(|i| (i as f32 * 0.7 + phase).sin()).collect::<Vec<f32>>();
-            Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+            Tensor::from_vec(values, shape, device).unwrap()
         };
         let all = [("decoder.w", wave(&[3, 5], 0.0)), ("decoder.b", wave(&[7], 1.0))];
         let vars = all.map(|(name, value)| (name.to_string(), Var::from_tensor(&value).unwrap()));
@@ -315,7 +315,7 @@ mod tests {
         let host = |tensor: &Tensor| Values::of(tensor).unwrap();
         let device = |tensor: &Tensor| Values::Device(tensor.flatten_all().unwrap());
         let run = |place: fn(&Tensor) -> Values| {
-            let (parameters, mut gradients, mut optimizer) = toy(place);
+            let (parameters, mut gradients, mut optimizer) = toy(&Device::Cpu, place);
             gradients.add(gradients.clone()).unwrap();
             gradients.divide(3).unwrap();
             for taken in 0..4 {
@@ -335,5 +335,25 @@ mod tests {
         for (i, (host, device)) in host.iter().zip(&device).enumerate() {
             assert!((host - device).abs() <= 1e-6 * host.abs().max(0.1), "{i}: {host} and {device}");
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_gpu_takes_the_steps_of_the_cpu_bit_for_bit() {
+        let Some(gpu) = crate::ops::cuda::test_device() else { return };
+        let run = |device: &Device| {
+            let (parameters, gradients, mut optimizer) = toy(device, |tensor| Values::of(tensor).unwrap());
+            for taken in 0..4 {
+                optimizer.step(&parameters, &gradients, taken, |_| 0.1).unwrap();
+            }
+            let state = optimizer.state().unwrap();
+            let all = state.values().chain(parameters.values().map(Var::as_tensor));
+            let all: Vec<Vec<f32>> = all.map(|x| x.flatten_all().unwrap().to_vec1().unwrap()).collect();
+            (all, gradients.norm().unwrap(), gradients.norms().unwrap())
+        };
+        let ((here, norm, norms), (expected, expected_norm, expected_norms)) = (run(&gpu), run(&Device::Cpu));
+        assert_eq!(here, expected);
+        assert!((norm - expected_norm).abs() <= 1e-12 * norm, "{norm} and {expected_norm}");
+        assert_eq!(norms.len(), expected_norms.len());
     }
 }

@@ -61,7 +61,8 @@ pub(super) fn squares(all: &[&Tensor]) -> Result<Option<Vec<f64>>> {
     let contiguous = all.iter().map(|values| values.contiguous()).collect::<Result<Vec<_>>>()?;
     let held = contiguous.iter().map(cuda::hold).collect::<Vec<_>>();
     let views = held.iter().map(|held| held.view::<f32>()).collect::<Result<Vec<_>>>()?;
-    training::squares(&*cuda::gpu(device)?, &views).map(Some).map_err(candle_core::Error::wrap)
+    let gpu = cuda::gpu(device)?;
+    training::squares(&gpu, &views).map(Some).map_err(candle_core::Error::wrap)
 }
 
 fn is_f32_on(tensor: &Tensor, device: &Device) -> bool {
