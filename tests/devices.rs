@@ -72,3 +72,43 @@ fn commands_of_one_device_refuse_several() {
             .says(&["cpu,cpu names several devices", "computes on one"]);
     }
 }
+
+/// A run on cards, of which a played GPU (kernels/cuda/cpu) has as many as are asked for; `None` where they are not there.
+fn on_cards(bench: &Bench, line: &str, memory: Option<usize>) -> Option<Run> {
+    let mut command = bench.command(line);
+    command.env("VQRAE_GPU_COUNT", "3").envs(memory.map(|bytes| ("VQRAE_GPU_MEMORY", bytes.to_string())));
+    let run = finish(command);
+    (!run.stderr.contains("cannot be used")).then_some(run)
+}
+
+#[test]
+fn several_cards_write_the_files_of_one() {
+    let bench = Bench::with_photos(13);
+    bench.write("photos/0005-broken.png", b"no image");
+    let line = "tokenize photos --model model --batch-size 2 --reconstruct";
+    let Some(one) = on_cards(&bench, &format!("{line} -o one --device cuda:0"), None) else { return };
+    assert_eq!(one.exits(3).summary()["device"], "cuda:0");
+    for cards in ["cuda:2,0", "cuda:0,1,2"] {
+        // A machine may have one card alone.
+        let Some(run) = on_cards(&bench, &format!("{line} -o {cards} --device {cards}"), None) else { return };
+        assert_eq!(run.exits(3).summary()["device"], *cards);
+        assert!(bench.tree(cards) == bench.tree("one"), "{cards} write other files than cuda:0");
+    }
+}
+
+#[test]
+fn a_batch_that_is_too_large_for_a_card_names_one_that_is_not() {
+    const MEMORY: usize = 40_000_000;
+    let bench = Bench::with_photos(3);
+    for command in ["tokenize", "features", "reconstruct"] {
+        let line = |size: &str| {
+            format!("{command} photos -o {command}-{size} --model model --device cuda --batch-size {size}")
+        };
+        // A GPU that is not played does not know of the limit, and holds the batch.
+        let Some(run) = on_cards(&bench, &line("4096"), Some(MEMORY)).filter(|run| run.code != Some(0)) else { return };
+        let run = run.exits(1).says(&["a batch of 4096 images does not fit in the memory of cuda:0 (38 MiB)"]);
+        let fits = run.stderr.split("pass --batch-size ").nth(1).and_then(|rest| rest.split_whitespace().next());
+        let fits = fits.unwrap_or_else(|| panic!("no size in: {}", run.stderr));
+        on_cards(&bench, &line(fits), Some(MEMORY)).expect("the card of before").exits(0);
+    }
+}

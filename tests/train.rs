@@ -483,7 +483,12 @@ fn encoder(bench: &Bench, fixture: &str) -> PathBuf {
 }
 
 fn cli(arguments: &[&str]) -> Output {
-    Command::new(BINARY).env("VQRAE_DEVICE", test_device()).args(arguments).stdin(Stdio::null()).output().expect("the program")
+    Command::new(BINARY)
+        .env("VQRAE_DEVICE", test_device())
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .expect("the program")
 }
 
 #[test]

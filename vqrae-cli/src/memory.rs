@@ -26,7 +26,7 @@ pub(crate) fn within<R>(device: &Device, batch: &Tensor, mut compute: impl FnMut
             Err(other) => return Err(other),
         }
     }
-    Err(anyhow!("{}: {}", refusal(&place(device), size, fits), cause(&error)))
+    Err(anyhow!("{} ({})", refusal(&place(device), size, fits), cause(&error)))
 }
 
 fn refusal(place: &str, size: usize, fits: usize) -> String {
@@ -98,7 +98,7 @@ mod tests {
         let error = run(64, 16, &mut asked).unwrap_err().to_string();
         assert_eq!(asked, [64, 32, 16]);
         let expected =
-            "a batch of 64 images does not fit in the memory of cpu; 16 do: pass --batch-size 16: DriverError";
+            "a batch of 64 images does not fit in the memory of cpu; 16 do: pass --batch-size 16 (DriverError";
         assert!(error.starts_with(expected), "{error}");
         let error = run(7, 2, &mut Vec::new()).unwrap_err().to_string();
         assert!(error.contains("1 does: pass --batch-size 1"), "{error}");

@@ -33,7 +33,7 @@ pub(super) fn explained(error: Error, config: &Config, devices: &[Device]) -> Er
         }
     };
     anyhow!(
-        "a step of {images} images in {parts} part(s) does not fit in the memory of {place}; {advice}: {}",
+        "a step of {images} images in {parts} part(s) does not fit in the memory of {place}; {advice} ({})",
         memory::cause(&error)
     )
 }
