@@ -217,7 +217,10 @@ fn ranks_and_devices_that_cannot_be_are_refused() {
     let parts = sets(&["train.batch_size=6", "train.accumulate=2"]);
     fails_with(&bench.train("x", &[&parts[..], &["--ranks", "2"]].concat()), &["multiple of 4"]);
     if cfg!(not(feature = "cuda")) {
-        fails_with(&bench.train("x", &["--device", "cuda:0,1"]), &["built without CUDA", "--features cuda", "--device cpu"]);
+        fails_with(
+            &bench.train("x", &["--device", "cuda:0,1"]),
+            &["built without CUDA", "--features cuda", "--device cpu"],
+        );
     }
     let output = bench.train("x", &["--device", "cuda:0,0"]);
     assert_eq!(output.status.code(), Some(2));
