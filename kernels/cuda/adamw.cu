@@ -43,7 +43,7 @@ KERNEL __launch_bounds__(THREADS) adamw_step(const Parameter* table, int count, 
     Parameter p = owner(table, count, blockIdx.x);
     size_t begin = (size_t)(blockIdx.x - p.first_block) * PIECE;
     size_t end = min((unsigned long long)(begin + PIECE), p.length);
-#pragma unroll 4
+#pragma unroll 2
     for (size_t i = begin + threadIdx.x; i < end; i += THREADS) {
         float gradient = __fmul_rn(p.gradient[i], c.clip), value = p.value[i];
         float first = __fadd_rn(__fmul_rn(c.beta1, p.first[i]), __fmul_rn(c.rest1, gradient));
