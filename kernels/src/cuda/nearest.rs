@@ -9,15 +9,18 @@
 //! Each way keeps the codes whose score is within the proven bound of the best one (`nearest/bound.rs`), and binary64 decides
 //! among them. A token that cannot be screened is scored against every code.
 
-use std::collections::HashMap;
+mod prepare;
+mod sums;
+
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
 
 use cudarc::cublas::sys::{cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType_t};
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr, PushKernelArg};
 
+use prepare::{Screen, Shadow, fold, measure, normalise};
+
 use super::{Gpu, launch};
-use crate::nearest::bound::{self, Extent, SAFE};
 use crate::nearest::{Metric, Stats};
 use crate::{Error, nearest};
 
@@ -89,23 +92,6 @@ pub struct Codebook {
     /// `None` where no bound holds: every token is scored against every code.
     screen: Option<Screen>,
     workspace: Mutex<Workspace>,
-}
-
-#[derive(Debug)]
-struct Screen {
-    method: Method,
-    padded: usize,
-    shadow: Shadow,
-    /// b', −∞ for rows that are folded away.
-    bias: CudaSlice<f32>,
-    bound: BoundArgs,
-}
-
-#[derive(Debug)]
-enum Shadow {
-    F32(CudaSlice<f32>),
-    /// fp16 of codes times 2 to the exponent.
-    F16(CudaSlice<u16>, i32),
 }
 
 /// What is kept from one search to the next, since memory that is given back costs more than a search.
@@ -599,91 +585,6 @@ impl Codebook {
 const MET: usize = 12;
 const BEST: usize = 16;
 
-impl Screen {
-    fn new(
-        gpu: &Arc<Gpu>,
-        rows: &CudaSlice<f32>,
-        bias: &CudaSlice<f64>,
-        (folded, distinct): (&CudaSlice<u8>, usize),
-        (codes, d): (usize, usize),
-        method: Method,
-    ) -> Result<Option<Self>, Error> {
-        const EXTENTS: usize = 6;
-        let padded = method.padded(d);
-        let sums = match method {
-            Method::Narrow => bound::plain_sums(padded),
-            _ if gpu.sums_hold()? => bound::tensor_core_sums(padded),
-            _ => None,
-        };
-        let Some(sums) = sums else { return Ok(None) };
-        let stream = gpu.stream();
-        let (codes_arg, width, padded_arg, distinct) = (int(codes)?, int(d)?, int(padded)?, int(distinct)?);
-
-        let mut mean = stream.alloc_zeros::<f64>(d + 1)?;
-        let function = gpu.function("mean_code", 0)?;
-        let mut args = stream.launch_builder(&function);
-        args.arg(rows).arg(bias).arg(folded).arg(&mut mean).arg(&codes_arg).arg(&distinct).arg(&width);
-        // SAFETY: the kernel's arguments; it writes d + 1 means.
-        unsafe { launch(args, ((d + 1).div_ceil(32), 1), THREADS, 0) }?;
-
-        let exponent = match method {
-            Method::Narrow => 0,
-            _ => {
-                let mut largest = stream.alloc_zeros::<u32>(1)?;
-                let function = gpu.function("largest_element", 0)?;
-                let elements = rows.len() as u64;
-                let mut args = stream.launch_builder(&function);
-                args.arg(rows).arg(&mean).arg(&mut largest).arg(&elements).arg(&width);
-                let blocks = rows.len().div_ceil(THREADS as usize).min(8 * gpu.processors() as usize);
-                // SAFETY: the kernel's arguments.
-                unsafe { launch(args, (blocks, 1), THREADS, 0) }?;
-                match f32::from_bits(stream.clone_dtoh(&largest)?[0]) {
-                    0.0 => 0,
-                    largest if largest.is_finite() => 14 - exponent_of(largest),
-                    _ => return Ok(None),
-                }
-            }
-        };
-        let none = 0u64;
-        let mut centred_bias = stream.alloc_zeros::<f32>(codes)?;
-        let mut extents = stream.alloc_zeros::<u64>(EXTENTS)?;
-        let function = gpu.function("shadow_codes", 0)?;
-        let mut args = stream.launch_builder(&function);
-        args.arg(rows).arg(bias).arg(folded).arg(&mean);
-        let mut shadow = match method {
-            Method::Narrow => Shadow::F32(stream.alloc_zeros(codes * padded)?),
-            _ => Shadow::F16(stream.alloc_zeros(codes * padded)?, exponent),
-        };
-        match &mut shadow {
-            Shadow::F32(shadow) => args.arg(&none).arg(shadow),
-            Shadow::F16(shadow, _) => args.arg(shadow).arg(&none),
-        };
-        args.arg(&mut centred_bias).arg(&mut extents).arg(&codes_arg).arg(&width).arg(&padded_arg).arg(&exponent);
-        // SAFETY: the kernel's arguments; the shadow has K rows of `padded`.
-        unsafe { launch(args, (codes.div_ceil(WARPS), 1), THREADS, 0) }?;
-
-        let extents = stream.clone_dtoh(&extents)?;
-        let extent = |i: usize| f64::from_bits(extents[i]);
-        let extent = Extent {
-            code: extent(0).sqrt(),
-            centred: extent(1).sqrt(),
-            rounded: extent(2).sqrt(),
-            error: extent(3).sqrt(),
-            bias: extent(4),
-            centred_bias: extent(5),
-        };
-        let reach = 1.02 * extent.centred.max(extent.rounded);
-        let level = extent.centred_bias;
-        // An overflow in c' or b' is infinite here; a NaN fails too.
-        if !(reach < SAFE && level < SAFE) {
-            return Ok(None);
-        }
-        let weights = bound::Bound::new(extent, sums, padded).weights();
-        let bound = BoundArgs { weights, reach, level };
-        Ok(Some(Self { method, padded, shadow, bias: centred_bias, bound }))
-    }
-}
-
 impl Workspace {
     /// Room for `tokens` tokens, the elements of their rounded rows, of scores, and bytes of what they have met.
     fn fit(
@@ -755,135 +656,6 @@ fn multiply(
         )
     }?;
     Ok(())
-}
-
-fn normalise(gpu: &Gpu, rows: &mut CudaSlice<f32>, codes: usize, d: usize) -> Result<(), Error> {
-    let function = gpu.function("normalise_codes", 0)?;
-    let (count, width) = (int(codes)?, int(d)?);
-    let mut args = gpu.stream().launch_builder(&function);
-    args.arg(rows).arg(&count).arg(&width);
-    // SAFETY: the kernel's arguments.
-    unsafe { launch(args, (codes.div_ceil(WARPS), 1), THREADS, 0) }
-}
-
-/// Biases by the contract, and hashes of the rows.
-fn measure(
-    gpu: &Gpu,
-    rows: &CudaSlice<f32>,
-    codes: usize,
-    d: usize,
-    metric: Metric,
-) -> Result<(CudaSlice<f64>, Vec<u64>), Error> {
-    let stream = gpu.stream();
-    let (mut bias, mut hashes) = (stream.alloc_zeros::<f64>(codes)?, stream.alloc_zeros::<u64>(codes)?);
-    let mut first_bad = stream.clone_htod(&[u32::MAX])?;
-    let function = gpu.function("measure_codes", 0)?;
-    let (count, width, euclidean) = (int(codes)?, int(d)?, i32::from(metric == Metric::Euclidean));
-    let mut args = stream.launch_builder(&function);
-    args.arg(rows).arg(&mut bias).arg(&mut hashes).arg(&mut first_bad).arg(&count).arg(&width).arg(&euclidean);
-    // SAFETY: the kernel's arguments; it writes a bias and a hash a row.
-    unsafe { launch(args, (codes.div_ceil(WARPS), 1), THREADS, 0) }?;
-    match stream.clone_dtoh(&first_bad)?[0] {
-        u32::MAX => Ok((bias, stream.clone_dtoh(&hashes)?)),
-        row => Err(Error::NonFiniteCode { row: row as usize }),
-    }
-}
-
-/// 1 for each row that equals an earlier one, whose answers the earlier one gives.
-fn fold(gpu: &Gpu, rows: &CudaSlice<f32>, hashes: &[u64], d: usize) -> Result<Vec<u8>, Error> {
-    let mut folded = vec![0u8; hashes.len()];
-    let (mut first, mut pairs) = (HashMap::with_capacity(hashes.len()), Vec::new());
-    for (row, hash) in (0u32..).zip(hashes) {
-        let seen = *first.entry(hash).or_insert(row);
-        if seen != row {
-            pairs.extend([seen, row]);
-        }
-    }
-    if pairs.is_empty() {
-        return Ok(folded);
-    }
-    // Different rows may have one hash: only the rows themselves tell.
-    let (stream, count) = (gpu.stream(), pairs.len() / 2);
-    let mut equal = stream.alloc_zeros::<u8>(count)?;
-    let (device_pairs, count_arg, width) = (stream.clone_htod(&pairs)?, int(count)?, int(d)?);
-    let function = gpu.function("compare_codes", 0)?;
-    let mut args = stream.launch_builder(&function);
-    args.arg(rows).arg(&device_pairs).arg(&mut equal).arg(&count_arg).arg(&width);
-    // SAFETY: the kernel's arguments; pairs are rows.
-    unsafe { launch(args, (count.div_ceil(WARPS), 1), THREADS, 0) }?;
-    for (pair, equal) in pairs.chunks_exact(2).zip(stream.clone_dtoh(&equal)?) {
-        folded[pair[1] as usize] = equal;
-    }
-    Ok(folded)
-}
-
-impl Gpu {
-    /// Whether tensor cores sum within the bound that the search relies on, by vectors that are hard to sum. Asked once.
-    pub(super) fn sums_hold(&self) -> Result<bool, Error> {
-        if let Some(held) = self.sums_held.get() {
-            return Ok(*held);
-        }
-        let held = self.try_sums()?;
-        Ok(*self.sums_held.get_or_init(|| held))
-    }
-
-    fn try_sums(&self) -> Result<bool, Error> {
-        const ROWS: usize = 64;
-        const WIDTH: usize = 1024;
-        let stream = self.stream();
-        // Ones and their neighbours of one sign, which lose most to rounding towards zero; large and small ones by turns;
-        // a large one in front of many small ones.
-        let bits = |row: usize, i: usize, seed: u32| -> u16 {
-            let random = (seed ^ (row * WIDTH + i) as u32).wrapping_mul(0x9E37_79B1) >> 16;
-            let (ones, mantissa) = (0x3C00u16, (random & 0x3FF) as u16);
-            match row % 4 {
-                0 => ones | mantissa,
-                1 => (ones | mantissa) ^ ((random as u16) & 0x8000),
-                2 if i.is_multiple_of(2) => 0x5400 | mantissa,
-                2 => 0x1400 | mantissa,
-                _ if i == 0 => 0x7000 | mantissa,
-                _ => ones | mantissa,
-            }
-        };
-        let matrix =
-            |seed: u32| -> Vec<u16> { (0..ROWS * WIDTH).map(|at| bits(at / WIDTH, at % WIDTH, seed)).collect() };
-        let (codes, tokens) = (matrix(3), matrix(0xB529_7A4D));
-        let (device_codes, device_tokens) = (stream.clone_htod(&codes)?, stream.clone_htod(&tokens)?);
-        let mut by_blas = stream.alloc_zeros::<f32>(ROWS * ROWS)?;
-        multiply(self, (&device_codes, ROWS), (&device_tokens, ROWS), WIDTH, &mut by_blas)?;
-        let mut by_warp = stream.alloc_zeros::<f32>(ROWS * ROWS)?;
-        let function = self.function("multiply_by_warp", 0)?;
-        let (count, width) = (int(ROWS)?, int(WIDTH)?);
-        let mut args = stream.launch_builder(&function);
-        args.arg(&device_tokens).arg(&device_codes).arg(&mut by_warp).arg(&count).arg(&width);
-        // SAFETY: the kernel's arguments: a block of one warp for 16 tokens and 8 codes.
-        unsafe { launch(args, (ROWS / 16, ROWS / 8), 32, 0) }?;
-        let (by_blas, by_warp) = (stream.clone_dtoh(&by_blas)?, stream.clone_dtoh(&by_warp)?);
-
-        let widen = |values: &[u16]| values.iter().map(|&bits| half_to_f64(bits)).collect::<Vec<_>>();
-        let (codes, tokens) = (widen(&codes), widen(&tokens));
-        let norm = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>().sqrt();
-        let Some(sums) = bound::tensor_core_sums(WIDTH) else { return Ok(false) };
-        let holds = |at: usize| {
-            let (token, code) = (&tokens[at / ROWS * WIDTH..][..WIDTH], &codes[at % ROWS * WIDTH..][..WIDTH]);
-            let exact: f64 = token.iter().zip(code).map(|(a, b)| a * b).sum();
-            let most = sums.bound(norm(token), norm(code), WIDTH);
-            [by_blas[at], by_warp[at]].iter().all(|&got| (f64::from(got) - exact).abs() <= most)
-        };
-        Ok((0..ROWS * ROWS).all(holds))
-    }
-}
-
-/// The value of a finite fp16 number that is not subnormal.
-fn half_to_f64(bits: u16) -> f64 {
-    let (sign, exponent, mantissa) = (u64::from(bits >> 15), u64::from(bits >> 10 & 31), u64::from(bits & 0x3FF));
-    f64::from_bits(sign << 63 | (exponent + 1023 - 15) << 52 | mantissa << 42)
-}
-
-/// The largest e with 2^e <= x, for x > 0.
-fn exponent_of(x: f32) -> i32 {
-    // Exact: f32's subnormal numbers are normal in f64.
-    (f64::from(x).to_bits() >> 52) as i32 - 1023
 }
 
 /// A count as kernels take it.
