@@ -5,8 +5,8 @@ use vqrae::image::{self, Limits, Preprocessor, Rgb};
 use vqrae::{DType, Device, Tensor, Vqrae};
 
 use crate::alike::Alike;
+use crate::inputs::Input;
 use crate::pipeline::Pace;
-use crate::plan::Input;
 use crate::view::{ImageArgs, View};
 
 /// An image as the model takes it.
@@ -60,12 +60,17 @@ impl Reading {
         })
     }
 
+    /// Decodes an image file that is in memory.
+    pub(crate) fn decode(&self, bytes: &[u8]) -> Result<Rgb, String> {
+        image::decode(bytes, &self.limits).map_err(|error| error.to_string())
+    }
+
     fn each_view<T>(
         &self,
         input: &Input,
         load: impl Fn(&Rgb, &View) -> Result<T, image::ErrorKind>,
     ) -> Result<Vec<T>, String> {
-        let image = image::open(&input.path, &self.limits).map_err(|error| error.to_string())?;
+        let image = self.decode(&input.read()?.bytes)?;
         self.views.iter().map(|view| load(&image, view)).collect::<Result<_, _>>().map_err(|error| error.to_string())
     }
 

@@ -9,6 +9,7 @@ mod commands;
 mod device;
 mod figure;
 mod hub;
+mod inputs;
 mod interrupts;
 mod load;
 mod memory;

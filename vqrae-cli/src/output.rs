@@ -22,7 +22,7 @@ use vqrae::image::{Preprocessor, ResizeMode, Rgb};
 use vqrae::{Error, Vqrae, codes, image};
 use walkdir::WalkDir;
 
-use crate::plan::Input;
+use crate::inputs::Input;
 use crate::view::View;
 
 /// What to do where an earlier run has written.

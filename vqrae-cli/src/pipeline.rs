@@ -14,8 +14,8 @@ use std::thread::{Scope, ScopedJoinHandle};
 
 use anyhow::{Context, Result, bail};
 
+use crate::inputs::Input;
 use crate::interrupts::interrupted;
-use crate::plan::Input;
 use crate::report::{Exit, Progress};
 
 /// How a pass over files reads them.

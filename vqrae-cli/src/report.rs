@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde_json::Value;
 use vqrae::Error;
 
-use crate::plan::Input;
+use crate::inputs::Input;
 
 /// How a run ended; the later, the graver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -54,6 +54,7 @@ pub mod ops;
 pub mod perceptual;
 pub mod quantizer;
 mod recipe;
+pub mod samples;
 pub mod train;
 pub mod vit;
 pub mod weights;

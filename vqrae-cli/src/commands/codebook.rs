@@ -17,10 +17,11 @@ use vqrae::{Error, Tensor, Vqrae};
 use super::{resized, to_images};
 use crate::atlas::{self, Atlas, Seen};
 use crate::device;
+use crate::inputs::{Input, Inputs};
 use crate::interrupts::{catch_interrupts, interrupted};
 use crate::output::save_png;
 use crate::pipeline::{Pace, each_batch};
-use crate::plan::{self, Input, Inputs, ModelArgs};
+use crate::plan::{self, ModelArgs};
 use crate::report::{self, Exit, Progress};
 
 /// Describe a model's codebook, and how codes use it: figures, an atlas of its patches, plots
@@ -179,7 +180,7 @@ impl Book {
 
     /// A code file that could be this model's.
     fn read(&self, input: &Input) -> Result<Codes, String> {
-        let codes = Codes::read(&input.path).map_err(|error| error.to_string())?;
+        let codes = input.codes()?;
         let (theirs, ours) = (codes.codebook_size, self.norms.len());
         if codes.model_id == self.model.id() && theirs != ours {
             return Err(format!("codes of a codebook of {theirs} codes, but the model has {ours}"));
@@ -342,7 +343,7 @@ impl Book {
 /// Few files that show each of the codes often enough: again and again the one that has most of those still wanting.
 fn choose<'a>(files: &'a [Input], top: &[Seen]) -> Vec<&'a Input> {
     let held = |input: &Input| {
-        let Ok(codes) = Codes::read(&input.path) else { return 0 };
+        let Ok(codes) = input.codes() else { return 0 };
         let mut indices = codes.indices;
         indices.sort_unstable();
         let bits = top.iter().enumerate().filter(|(_, seen)| indices.binary_search(&seen.code).is_ok());

@@ -10,11 +10,12 @@ use vqrae::{DType, Device, Error, Tensor, Vqrae, codes};
 use super::{RUN_AGAIN, begin, finish};
 use crate::alike::Alike;
 use crate::device;
+use crate::inputs::{Input, Kind};
 use crate::load::{Loaded, Reading, stack_alike, upload};
 use crate::memory;
 use crate::output::{IfExists, Origin, Output, split_done};
 use crate::pipeline::{Pace, each_batch};
-use crate::plan::{FileArgs, Input, Kind, ModelArgs};
+use crate::plan::{FileArgs, ModelArgs};
 use crate::report::{Exit, Progress, Quality};
 use crate::view::{ImageArgs, View};
 

@@ -18,8 +18,9 @@ use vqrae::codes::Codes;
 use vqrae::image::{Preprocessor, ResizeMode, Rgb};
 use vqrae::{DType, Device, Tensor};
 
+use crate::inputs::Input;
 use crate::interrupts::catch_interrupts;
-use crate::plan::{FileArgs, Input, InputArgs};
+use crate::plan::{FileArgs, InputArgs};
 use crate::report::{Exit, Progress, Quality};
 use crate::{output, report, sheet};
 

@@ -3,18 +3,19 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use vqrae::codes::{Codes, Format};
+use vqrae::codes::Codes;
 use vqrae::image::Rgb;
 use vqrae::{Device, Error, Tensor, Vqrae, metrics};
 
 use super::{finish, start, to_images, write_sheet};
 use crate::alike::Alike;
 use crate::device;
+use crate::inputs::{Input, Kind};
 use crate::load::{Loaded, Reading, stack_alike, upload};
 use crate::memory;
 use crate::output::save_pngs;
 use crate::pipeline::{Pace, each_batch};
-use crate::plan::{Input, InputArgs, Kind, ModelArgs};
+use crate::plan::{InputArgs, ModelArgs};
 use crate::report::{Exit, Quality};
 use crate::sheet;
 use crate::view::{ImageArgs, View};
@@ -66,8 +67,7 @@ type Views = Vec<(Loaded, Rgb)>;
 
 pub(crate) fn execute(args: Args) -> Result<Exit> {
     let inputs = args.inputs.find(Kind::ImagesAndCodes)?;
-    let (code_files, images): (Vec<_>, Vec<_>) =
-        inputs.files.into_iter().partition(|input| Format::of(&input.path).is_some());
+    let (code_files, images): (Vec<_>, Vec<_>) = inputs.files.into_iter().partition(Input::is_codes);
     if args.sheet.is_some() && images.is_empty() {
         bail!("--sheet compares with originals, but the inputs are code files only; leave it out");
     }
@@ -84,7 +84,7 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
     let prepare = |batch: &mut [(&Input, Codes)]| job.stack_codes(batch);
     let compute = |batch| job.decode_codes(batch);
     let write = |batch: &[(&Input, Codes)], decoded| job.write_codes(batch, decoded);
-    let mut exit = each_batch(&code_files, pace, &mut progress, read_codes, prepare, vec![compute], write)?;
+    let mut exit = each_batch(&code_files, pace, &mut progress, Input::codes, prepare, vec![compute], write)?;
     if exit == Exit::Success {
         let read = |input: &Input| job.reading.load_beside(input);
         let prepare = |batch: &mut [(&Input, Views)]| {
@@ -102,19 +102,10 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
     finish(progress, exit, device, Quality::of(&seen.psnr), "the same command starts from the beginning")
 }
 
-fn read_codes(input: &Input) -> Result<Codes, String> {
-    Codes::read(&input.path).map_err(|error| error.to_string())
-}
-
-/// What the picture of a code file is named after: without the file's own extension.
-fn stem(input: &Input) -> PathBuf {
-    input.relative.with_extension("")
-}
-
 fn refuse_same_pictures(code_files: &[Input], images: &[Input], views: &[View]) -> Result<()> {
     let mut seen = std::collections::HashMap::new();
     let of_images = images.iter().flat_map(|input| views.iter().map(move |view| (input, view.name(&input.relative))));
-    for (input, name) in code_files.iter().map(|input| (input, stem(input))).chain(of_images) {
+    for (input, name) in code_files.iter().map(|input| (input, input.pictured())).chain(of_images) {
         let shown = name.display().to_string();
         if let Some(other) = seen.insert(name, &input.path) {
             let (a, b) = (other.display(), input.path.display());
@@ -147,7 +138,7 @@ impl Job {
 
     fn write_codes(&self, batch: &[(&Input, Codes)], decoded: Alike<Tensor>) -> Result<()> {
         let decoded = self.images(decoded)?;
-        save_pngs(batch.iter().map(|(input, _)| picture(&self.output, &stem(input))).zip(&decoded))
+        save_pngs(batch.iter().map(|(input, _)| picture(&self.output, &input.pictured())).zip(&decoded))
     }
 
     /// The reconstruction of every view of every image, f32 `[B, 3, H, W]` on the model's device.

@@ -1,4 +1,7 @@
-//! Indices ⇄ disk: the codes of one image are one file.
+//! Indices ⇄ disk: the codes of one image in one file, or of many in a shard.
+//!
+//! A [`CodeSet`] is a folder of [`shard`]s, which hold a [`Row`] for every image: what `vqrae-cli tokenize` writes for a data set, and
+//! what a generator reads. The rest of this page is about the files of single images.
 //!
 //! A code file says what is needed to decode it years later: the grid (images of one model may differ in size), the
 //! model's id, the size of its codebook, the image it came from and how that image was prepared. Two formats hold the same
@@ -37,7 +40,10 @@
 //! ```
 
 mod npy;
+mod row;
 mod safetensors;
+mod set;
+pub mod shard;
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -45,7 +51,10 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result, files};
 
+pub use npy::{NpyType, npy_array};
+pub use row::{Header, Row};
 pub use safetensors::single_tensor;
+pub use set::{CodeSet, Manifest, numbered};
 
 /// The most indices that one file may hold: with one code a token an image of 65,536 × 65,536 pixels in patches of 16.
 pub const MAX_INDICES: usize = 1 << 24;
