@@ -1,7 +1,11 @@
 //! One image, decoded and prepared, and batches of them as the model takes them.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use anyhow::{Result, bail};
+use vqrae::codes::Row;
 use vqrae::image::{self, Limits, Preprocessor, Rgb};
+use vqrae::samples::Sample;
 use vqrae::{DType, Device, Tensor, Vqrae};
 
 use crate::alike::Alike;
@@ -31,6 +35,18 @@ enum Form {
     Levels,
 }
 
+/// An image as the model takes it, and its row of a shard, which lacks the codes.
+pub(crate) struct Item {
+    pub(crate) row: Row,
+    /// None where the row has an error.
+    pub(crate) views: Vec<Loaded>,
+}
+
+/// BLAKE3 of an image file's bytes, its first 16 bytes as hexadecimal digits.
+pub(crate) fn content_hash(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex()[..32].to_string()
+}
+
 /// How images are read: for which views, up to which size, and for which device.
 pub(crate) struct Reading {
     pub(crate) views: Vec<View>,
@@ -48,6 +64,29 @@ impl Reading {
     /// Decodes one image and prepares it for each view, or says what is wrong with it.
     pub(crate) fn load(&self, input: &Input) -> Result<Vec<Loaded>, String> {
         self.each_view(input, |image, view| Ok(self.prepare(image, view)?.0))
+    }
+
+    /// [`load`](Self::load) with all that a row of a shard says of the image; what is wrong with it is in the row.
+    pub(crate) fn load_row(&self, input: &Input) -> Item {
+        let mut item = Item { row: Row { path: input.source(), ..Row::default() }, views: Vec::new() };
+        // Whatever a decoder does with a hostile file, the image has its row.
+        let loaded = catch_unwind(AssertUnwindSafe(|| self.fill(&mut item.row, input)));
+        match loaded.unwrap_or_else(|_| Err("the decoder failed on it".to_string())) {
+            Ok(views) => item.views = views,
+            Err(reason) => item.row.error = Some(reason),
+        }
+        item
+    }
+
+    fn fill(&self, row: &mut Row, input: &Input) -> Result<Vec<Loaded>, String> {
+        let Sample { bytes, class, label, caption } = input.read()?;
+        (row.class, row.label, row.caption) = (class, label, caption);
+        row.content_hash = Some(content_hash(&bytes));
+        let image = self.decode(&bytes)?;
+        drop(bytes);
+        (row.width, row.height) = (u32::try_from(image.width).ok(), u32::try_from(image.height).ok());
+        let load = |view: &View| Ok(self.prepare(&image, view)?.0);
+        self.views.iter().map(load).collect::<Result<_, image::ErrorKind>>().map_err(|error| error.to_string())
     }
 
     /// [`load`](Self::load), and the same views at the sizes of their reconstructions, to compare with.

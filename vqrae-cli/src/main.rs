@@ -17,6 +17,7 @@ mod output;
 mod pipeline;
 mod plan;
 mod report;
+mod shards;
 mod sheet;
 mod view;
 
@@ -25,12 +26,15 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::commands::{bench, cache, codebook, convert, features, init, inspect, reconstruct, tokenize, train};
-use crate::report::Exit;
+use crate::report::{Exit, LogFormat};
 
 /// Turn photos into codes and codes into photos
 #[derive(Parser)]
 #[command(version, after_help = EXIT_CODES)]
 struct Cli {
+    /// How progress and messages are written to stderr
+    #[arg(long, alias = "log_format", value_enum, global = true, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
     #[command(subcommand)]
     command: Command,
 }
@@ -55,7 +59,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    run(Cli::parse().command)
+    let words = Cli::parse();
+    report::set_format(words.log_format);
+    run(words.command)
         .unwrap_or_else(|error| {
             report::failure(&error);
             Exit::Failure

@@ -18,6 +18,7 @@ use clap::ValueEnum;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use vqrae::codes::CodeSet;
 use vqrae::image::{Preprocessor, ResizeMode, Rgb};
 use vqrae::{Error, Vqrae, codes, image};
 use walkdir::WalkDir;
@@ -51,6 +52,12 @@ impl std::fmt::Display for Origin {
 }
 
 impl Origin {
+    /// Of a set of shards.
+    pub(crate) fn of(header: &codes::Header) -> Self {
+        let codes::Header { model_id, preprocessing, dtype, .. } = header.clone();
+        Self { model_id, preprocessing, dtype }
+    }
+
     /// Of files of all these views.
     pub(crate) fn new(model: &Vqrae, views: &[View]) -> Self {
         let preprocessing: Vec<_> = views.iter().map(|view| preprocessing(&view.preprocessor)).collect();
@@ -102,6 +109,9 @@ impl Output {
     pub(crate) fn open(folder: &Path, model: &Vqrae, views: &[View], if_exists: IfExists) -> Result<Self> {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let origin = Origin::new(model, views);
+        if CodeSet::is(folder) {
+            bail!("{}: this folder holds code shards; choose another --output", folder.display());
+        }
         let output = Self { folder: folder.to_path_buf(), origin, if_exists, _lock: lock(folder)? };
         output.check_manifest()?;
         output.remove_partial_files();
@@ -116,10 +126,7 @@ impl Output {
 
     /// Where the output for `input` goes: its extension is added to the whole name, so that a.jpg and a.png differ.
     pub(crate) fn path(&self, kind: &str, input: &Input, view: &View, extension: &str) -> PathBuf {
-        let mut path = self.folder.join(kind).join(view.name(&input.relative)).into_os_string();
-        path.push(".");
-        path.push(extension);
-        path.into()
+        with_extension(self.folder.join(kind).join(view.name(&input.relative)), extension)
     }
 
     /// Whether an earlier run has made the file of a view at `path`; `read` opens it and tells its origin.
@@ -202,8 +209,20 @@ impl Output {
     }
 }
 
+fn with_extension(path: PathBuf, extension: &str) -> PathBuf {
+    let mut path = path.into_os_string();
+    path.push(".");
+    path.push(extension);
+    path.into()
+}
+
+/// Where the reconstruction of a view of an image goes.
+pub(crate) fn picture(folder: &Path, relative: &Path, view: &View) -> PathBuf {
+    with_extension(folder.join("reconstructions").join(view.name(relative)), "png")
+}
+
 /// How to go on in the number format of before, where that is all that differs.
-fn as_before(origin: &Origin, wanted: &Origin) -> String {
+pub(crate) fn as_before(origin: &Origin, wanted: &Origin) -> String {
     let format = |dtype: &str| dtype.split('/').next().unwrap_or_default().to_string();
     let (before, now) = (format(&origin.dtype), format(&wanted.dtype));
     if (Origin { dtype: wanted.dtype.clone(), ..origin.clone() }) == *wanted && before != now {

@@ -37,7 +37,7 @@ const AHEAD: usize = 1;
 
 /// Reads `inputs`, puts them together to batches by `prepare`, hands these to the `computes`, a device each, in turn, and
 /// what comes of each to `write` on a thread of its own, all in order. A file that cannot be read is reported and left out;
-/// after Ctrl-C the batches at hand are the last. Progress counts what is written.
+/// after Ctrl-C the batches at hand are the last. Progress counts what is written, but for what `write` itself has skipped.
 ///
 /// # Errors
 /// The first in the order of the files; what comes before it is written.
@@ -48,7 +48,7 @@ pub(crate) fn each_batch<T: Send, P: Send, R: Send>(
     read: impl Fn(&Input) -> Result<T, String> + Sync,
     mut prepare: impl FnMut(&mut [(&Input, T)]) -> Result<P>,
     computes: Vec<impl FnMut(P) -> Result<R> + Send>,
-    write: impl FnMut(&[(&Input, T)], R) -> Result<()> + Send,
+    write: impl FnMut(&mut Progress, &[(&Input, T)], R) -> Result<()> + Send,
 ) -> Result<Exit> {
     if computes.is_empty() {
         bail!("there is no device to compute on");
@@ -106,7 +106,7 @@ fn write_in_order<T, R>(
     events: Receiver<Event<'_, T>>,
     results: &[Receiver<Result<R>>],
     progress: &mut Progress,
-    mut write: impl FnMut(&[(&Input, T)], R) -> Result<()>,
+    mut write: impl FnMut(&mut Progress, &[(&Input, T)], R) -> Result<()>,
 ) -> Result<usize> {
     let mut settled = 0;
     for event in events {
@@ -117,8 +117,9 @@ fn write_in_order<T, R>(
             }
             Event::Batch(device, batch) => match results[device].recv() {
                 Ok(result) => {
-                    write(&batch, result?)?;
-                    progress.advance(batch.len());
+                    let skipped = progress.skipped();
+                    write(progress, &batch, result?)?;
+                    progress.advance(batch.len() - (progress.skipped() - skipped));
                     settled += batch.len();
                 }
                 // Left out after Ctrl-C; another device may have been quicker with the next one.
@@ -194,7 +195,7 @@ mod tests {
 
     fn inputs(count: usize) -> Vec<Input> {
         let name = |i: usize| PathBuf::from(format!("{i:03}"));
-        (0..count).map(|i| Input { path: name(i), relative: name(i) }).collect()
+        (0..count).map(|i| Input::file(name(i), name(i))).collect()
     }
 
     fn number(input: &Input) -> usize {
@@ -211,7 +212,7 @@ mod tests {
         fail: impl Fn(usize, &[usize]) -> Option<String> + Sync,
     ) -> (Result<Exit>, Vec<Vec<usize>>) {
         let inputs = inputs(count);
-        let mut progress = Progress::new(count, 0, usize::MAX, folder.join("errors.jsonl")).unwrap();
+        let mut progress = Progress::new(count, 0, usize::MAX, Some(folder.join("errors.jsonl"))).unwrap();
         let read = |input: &Input| match number(input) {
             i if i % bad == bad - 1 => Err("is no image".to_string()),
             i => Ok(i),
@@ -229,7 +230,7 @@ mod tests {
             }
         };
         let written = Mutex::new(Vec::new());
-        let write = |batch: &[(&Input, usize)], (device, computed): (usize, Vec<usize>)| {
+        let write = |_: &mut Progress, batch: &[(&Input, usize)], (device, computed): (usize, Vec<usize>)| {
             assert_eq!(batch.iter().map(|(input, _)| number(input)).collect::<Vec<_>>(), computed);
             let mut written = written.lock().unwrap();
             assert_eq!(written.len() % devices, device, "batches go to the devices in turn");
@@ -273,13 +274,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let inputs = inputs(40);
         for (at_prepare, at_write) in [(true, false), (false, true)] {
-            let mut progress = Progress::new(40, 0, 0, folder.path().join("errors.jsonl")).unwrap();
+            let mut progress = Progress::new(40, 0, 0, Some(folder.path().join("errors.jsonl"))).unwrap();
             let prepare = |batch: &mut [(&Input, ())]| match at_prepare && number(batch[0].0) == 8 {
                 true => Err(anyhow!("no memory")),
                 false => Ok(()),
             };
             let mut written = 0;
-            let write = |batch: &[(&Input, ())], ()| {
+            let write = |_: &mut Progress, batch: &[(&Input, ())], ()| {
                 if at_write && number(batch[0].0) == 8 {
                     bail!("no space");
                 }

@@ -6,15 +6,18 @@ use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use clap::ValueEnum;
 #[cfg(feature = "hub")]
 use indicatif::HumanBytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use vqrae::Error;
+use vqrae::codes::shard::Stats;
 
 use crate::inputs::Input;
 
@@ -58,9 +61,38 @@ pub(crate) fn data(text: &str) {
     let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
 }
 
+/// How talk is written.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line, for machines
+    Json,
+}
+
+static JSON: AtomicBool = AtomicBool::new(false);
+
+/// From here on talk is written like this.
+pub(crate) fn set_format(format: LogFormat) {
+    JSON.store(format == LogFormat::Json, Ordering::Relaxed);
+}
+
 /// Talk, for stderr.
 pub(crate) fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    event("note", text, json!({}));
+}
+
+/// What happens, for stderr: the `text` for people, for machines an object with the fields of `facts` too.
+fn event(name: &str, text: &str, facts: Value) {
+    let line = match (JSON.load(Ordering::Relaxed), facts) {
+        (true, Value::Object(mut fields)) => {
+            fields.insert("event".to_string(), name.into());
+            fields.insert("message".to_string(), text.into());
+            Value::Object(fields).to_string()
+        }
+        _ => text.to_string(),
+    };
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Facts for people: one a line, nested ones by their dotted name.
@@ -102,7 +134,7 @@ pub(crate) fn failure(error: &anyhow::Error) {
             message += &cause;
         }
     }
-    say(&format!("error: {message}"));
+    event("error", &format!("error: {message}"), json!({ "reason": message }));
 }
 
 /// The last line on stdout of a run over files.
@@ -118,8 +150,18 @@ pub(crate) struct Summary {
     images_per_second: f64,
     /// Where: `cpu`, `cuda:0`, `cuda:0,1`.
     device: String,
+    /// Of the shards of this process, those that are finished.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shards: Option<ShardCount>,
     #[serde(flatten)]
     quality: Quality,
+}
+
+/// How far the shards of a process are.
+#[derive(Debug, Serialize)]
+struct ShardCount {
+    finished: usize,
+    of: usize,
 }
 
 /// How good reconstructions are, where there is something to compare them with.
@@ -160,6 +202,8 @@ pub(crate) struct Progress {
     skipped: usize,
     resumed: usize,
     max_errors: usize,
+    /// Finished, and in all.
+    shards: Option<(usize, usize)>,
     errors: ErrorLog,
     started: Instant,
     last_line: Instant,
@@ -169,17 +213,28 @@ pub(crate) struct Progress {
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
 impl Progress {
-    /// For `total` files, of which an earlier run did `resumed`; unreadable files go to the file `errors`.
-    pub(crate) fn new(total: usize, resumed: usize, max_errors: usize, errors: PathBuf) -> Result<Self> {
-        let bar = if std::io::stderr().is_terminal() { ProgressBar::new(total as u64) } else { ProgressBar::hidden() };
+    /// For `total` files, of which an earlier run did `resumed`; unreadable files go to the file `errors`, if there is one.
+    pub(crate) fn new(total: usize, resumed: usize, max_errors: usize, errors: Option<PathBuf>) -> Result<Self> {
+        let drawn = std::io::stderr().is_terminal() && !JSON.load(Ordering::Relaxed);
+        let bar = if drawn { ProgressBar::new(total as u64) } else { ProgressBar::hidden() };
         if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} images, {per_sec}, {eta} left") {
             bar.set_style(style);
         }
         bar.set_position(resumed as u64);
         bar.reset_eta();
         let (errors, now) = (ErrorLog::start(errors)?, Instant::now());
-        let progress =
-            Self { bar, total, done: 0, skipped: 0, resumed, max_errors, errors, started: now, last_line: now };
+        let progress = Self {
+            bar,
+            total,
+            done: 0,
+            skipped: 0,
+            resumed,
+            max_errors,
+            shards: None,
+            errors,
+            started: now,
+            last_line: now,
+        };
         if resumed > 0 {
             progress.note(&format!("{resumed} of {total} images were done before, {} to go", total - resumed));
         }
@@ -194,7 +249,10 @@ impl Progress {
             self.last_line = Instant::now();
             let (finished, rate) = (self.done + self.skipped + self.resumed, self.rate());
             let left = (self.total.saturating_sub(finished)) as f64 / rate.max(1e-9);
-            self.note(&format!("{finished}/{} images, {rate:.1} images/s, about {left:.0} s left", self.total));
+            let text = format!("{finished}/{} images, {rate:.1} images/s, about {left:.0} s left", self.total);
+            let facts =
+                json!({ "done": finished, "total": self.total, "images_per_second": rate, "seconds_left": left });
+            self.tell("progress", &text, facts);
         }
     }
 
@@ -203,16 +261,17 @@ impl Progress {
         let path = input.path.display().to_string();
         // The library's messages start with the path, which is said here anyway.
         let reason = message.strip_prefix(&path).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(message);
-        self.note(&format!("skipped {path}: {reason}"));
+        let facts = json!({ "path": path, "reason": reason });
+        self.tell("skipped", &format!("skipped {path}: {reason}"), facts);
         self.errors.add(&input.source(), reason)?;
         self.skipped += 1;
         self.bar.inc(1);
         if self.skipped > self.max_errors {
             bail!(
-                "giving up: {} could not be read, allowed: {}; see {}",
+                "giving up: {} could not be read, allowed: {}{}",
                 files(self.skipped),
                 self.max_errors,
-                self.errors.path.display()
+                self.errors.see()
             );
         }
         Ok(())
@@ -220,7 +279,50 @@ impl Progress {
 
     /// Talk, above the bar if there is one.
     pub(crate) fn note(&self, text: &str) {
-        self.bar.suspend(|| say(text));
+        self.tell("note", text, json!({}));
+    }
+
+    /// What happens, with facts for machines.
+    fn tell(&self, name: &str, text: &str, facts: Value) {
+        self.bar.suspend(|| event(name, text, facts));
+    }
+
+    /// How many could not be read.
+    pub(crate) fn skipped(&self) -> usize {
+        self.skipped
+    }
+
+    /// How many files there are, now that more is known.
+    pub(crate) fn expect(&mut self, total: usize) {
+        self.total = total;
+        self.bar.set_length(total as u64);
+    }
+
+    /// Counts files that an earlier run had done.
+    pub(crate) fn resume(&mut self, count: usize) {
+        self.resumed += count;
+        self.bar.inc(count as u64);
+        self.bar.reset_eta();
+    }
+
+    /// A shard is done.
+    pub(crate) fn shard(&mut self, stats: &Stats) {
+        if let Some((finished, _)) = &mut self.shards {
+            *finished += 1;
+        }
+        let (name, rows, errors) = (&stats.shard, stats.rows, stats.errors);
+        let text = format!(
+            "{name}: {rows} rows{}",
+            if errors > 0 { format!(", {errors} without codes") } else { String::new() }
+        );
+        if JSON.load(Ordering::Relaxed) {
+            self.tell("shard", &text, json!({ "shard": name, "rows": rows, "errors": errors, "bytes": stats.bytes }));
+        }
+    }
+
+    /// Of so many shards, this many were done before.
+    pub(crate) fn shards(&mut self, finished: usize, of: usize) {
+        self.shards = Some((finished, of));
     }
 
     /// Says how to go on after Ctrl-C.
@@ -233,7 +335,7 @@ impl Progress {
     pub(crate) fn finish(self, device: String, quality: Quality) -> (Summary, Exit) {
         self.bar.finish_and_clear();
         if self.skipped > 0 {
-            say(&format!("{} could not be read; see {}", files(self.skipped), self.errors.path.display()));
+            say(&format!("{} could not be read{}", files(self.skipped), self.errors.see()));
         }
         let round = |value: f64| (value * 1e3).round() / 1e3;
         let summary = Summary {
@@ -243,6 +345,7 @@ impl Progress {
             seconds: round(self.started.elapsed().as_secs_f64()),
             images_per_second: round(self.rate()),
             device,
+            shards: self.shards.map(|(finished, of)| ShardCount { finished, of }),
             quality,
         };
         (summary, if self.skipped > 0 { Exit::Skipped } else { Exit::Success })
@@ -305,27 +408,40 @@ impl Summary {
 }
 
 /// `OUT/errors.jsonl`, beside statistics `FILE.errors.jsonl`: one line for each file that this run could not read, written as it happens.
+/// Shards have none: what could not be read stands in their own rows.
 struct ErrorLog {
-    path: PathBuf,
+    path: Option<PathBuf>,
     file: Option<File>,
 }
 
 impl ErrorLog {
     /// Forgets the errors of an earlier run: their files are tried again.
-    fn start(path: PathBuf) -> Result<Self> {
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&path)(error).into()),
-            _ => Ok(Self { path, file: None }),
+    fn start(path: Option<PathBuf>) -> Result<Self> {
+        if let Some(path) = &path
+            && let Err(error) = std::fs::remove_file(path)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(Error::io(path)(error).into());
+        }
+        Ok(Self { path, file: None })
+    }
+
+    /// Where to look.
+    fn see(&self) -> String {
+        match &self.path {
+            Some(path) => format!("; see {}", path.display()),
+            None => "; their rows say why".to_string(),
         }
     }
 
     fn add(&mut self, source: &str, reason: &str) -> Result<()> {
+        let Some(path) = &self.path else { return Ok(()) };
         let line = format!("{}\n", serde_json::json!({ "path": source, "reason": reason }));
         let mut file = match self.file.take() {
             Some(file) => file,
-            None => File::create(&self.path).map_err(Error::io(&self.path))?,
+            None => File::create(path).map_err(Error::io(path))?,
         };
-        file.write_all(line.as_bytes()).map_err(Error::io(&self.path))?;
+        file.write_all(line.as_bytes()).map_err(Error::io(path))?;
         self.file = Some(file);
         Ok(())
     }

@@ -153,7 +153,7 @@ impl Book {
     /// Counts the codes of all files that can be read.
     fn count(&self, inputs: &Inputs, output: &Path) -> Result<(Tally, Exit)> {
         let total = inputs.files.len() + inputs.unreadable.len();
-        let mut progress = Progress::new(total, 0, usize::MAX, output.join("errors.jsonl"))?;
+        let mut progress = Progress::new(total, 0, usize::MAX, Some(output.join("errors.jsonl")))?;
         for (input, reason) in &inputs.unreadable {
             progress.skip(input, reason)?;
         }
@@ -162,7 +162,7 @@ impl Book {
         let prepare = |batch: &mut [(&Input, Codes)]| {
             batch.iter().try_for_each(|(input, codes)| Ok(codes.check_model(&input.path, self.model.id())?))
         };
-        let write = |batch: &[(&Input, Codes)], ()| {
+        let write = |_: &mut Progress, batch: &[(&Input, Codes)], ()| {
             files += batch.len();
             batch.iter().for_each(|(_, codes)| counts.add(&codes.indices));
             Ok(())

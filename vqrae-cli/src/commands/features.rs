@@ -83,7 +83,7 @@ fn write(args: &Args, folder: &Path) -> Result<Exit> {
 
     let (left, resumed) = split_done(inputs.files, is_done)?;
     let mut progress = begin(&args.files, folder.join("errors.jsonl"), left.len(), resumed, &inputs.unreadable)?;
-    let write = |batch: &[(&Input, Vec<Loaded>)], features: Alike<Tensor>| {
+    let write = |_: &mut Progress, batch: &[(&Input, Vec<Loaded>)], features: Alike<Tensor>| {
         for ((input, view, loaded), features) in job.images(batch).zip(each_image(features)?) {
             codes::write_whole(path(input, view), &job.file(&features, input, output.origin(view), loaded.size)?)?;
         }
@@ -104,7 +104,7 @@ fn count(args: &Args, file: &Path) -> Result<Exit> {
 
     let mut progress = begin(&args.files, errors.into(), inputs.files.len(), 0, &inputs.unreadable)?;
     let mut statistics = Statistics::new(job.model.config().encoder.width());
-    let add = |batch: &[(&Input, Vec<Loaded>)], features: Alike<Tensor>| {
+    let add = |_: &mut Progress, batch: &[(&Input, Vec<Loaded>)], features: Alike<Tensor>| {
         for ((input, _, loaded), features) in job.images(batch).zip(each_image(features)?) {
             let grid = job.model.grid_of(loaded.size.0, loaded.size.1)?;
             let features = features.flatten_all()?.to_vec1::<f32>()?;
@@ -143,7 +143,7 @@ impl Job {
         &self,
         inputs: &[Input],
         progress: &mut Progress,
-        write: impl FnMut(&[(&Input, Vec<Loaded>)], Alike<Tensor>) -> Result<()> + Send,
+        write: impl FnMut(&mut Progress, &[(&Input, Vec<Loaded>)], Alike<Tensor>) -> Result<()> + Send,
     ) -> Result<Exit> {
         let read = |input: &Input| self.reading.load(input);
         let prepare = |batch: &mut [(&Input, Vec<Loaded>)]| {

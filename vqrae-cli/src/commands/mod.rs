@@ -42,7 +42,7 @@ fn begin(
 ) -> Result<Progress> {
     catch_interrupts()?;
     let total = left + resumed + unreadable.len();
-    let mut progress = Progress::new(total, resumed, args.max_errors(), errors)?;
+    let mut progress = Progress::new(total, resumed, args.max_errors(), Some(errors))?;
     for (input, reason) in unreadable {
         progress.skip(input, reason)?;
     }

@@ -16,7 +16,7 @@ use crate::memory;
 use crate::output::save_pngs;
 use crate::pipeline::{Pace, each_batch};
 use crate::plan::{InputArgs, ModelArgs};
-use crate::report::{Exit, Quality};
+use crate::report::{Exit, Progress, Quality};
 use crate::sheet;
 use crate::view::{ImageArgs, View};
 
@@ -83,7 +83,7 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
     let mut progress = start(&args.inputs, code_files.len() + images.len(), 0, &inputs.unreadable)?;
     let prepare = |batch: &mut [(&Input, Codes)]| job.stack_codes(batch);
     let compute = |batch| job.decode_codes(batch);
-    let write = |batch: &[(&Input, Codes)], decoded| job.write_codes(batch, decoded);
+    let write = |_: &mut Progress, batch: &[(&Input, Codes)], decoded| job.write_codes(batch, decoded);
     let mut exit = each_batch(&code_files, pace, &mut progress, Input::codes, prepare, vec![compute], write)?;
     if exit == Exit::Success {
         let read = |input: &Input| job.reading.load_beside(input);
@@ -92,7 +92,7 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
             stack_alike(images, &job.model, pace)
         };
         let compute = |batch| job.decode_images(batch);
-        let write = |batch: &[(&Input, Views)], decoded| job.write_images(batch, decoded, &mut seen);
+        let write = |_: &mut Progress, batch: &[(&Input, Views)], decoded| job.write_images(batch, decoded, &mut seen);
         exit = each_batch(&images, pace, &mut progress, read, prepare, vec![compute], write)?;
     }
     if let (Some(path), Exit::Success) = (&args.sheet, exit) {

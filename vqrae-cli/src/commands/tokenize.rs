@@ -1,30 +1,40 @@
-//! `tokenize`: images → indices → code files, with reconstructions on request.
+//! `tokenize`: images → indices → shards or code files, with reconstructions on request.
 
+mod files;
+mod shards;
+
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
-use vqrae::codes::{Codes, Format};
+use vqrae::codes::Format;
+use vqrae::codes::shard::Layout;
 use vqrae::image::Rgb;
 use vqrae::{Device, Tensor, Vqrae};
 
-use super::{RUN_AGAIN, finish, start, to_images, write_sheet};
+use super::{to_images, write_sheet};
 use crate::alike::Alike;
 use crate::device;
-use crate::load::{Loaded, Reading, stack_alike, upload};
+use crate::inputs::Input;
+use crate::load::{Reading, upload};
 use crate::memory;
-use crate::output::{IfExists, Origin, Output, save_pngs, split_done};
-use crate::pipeline::{Pace, each_batch};
-use crate::plan::{Input, InputArgs, Kind, ModelArgs};
-use crate::report::{Exit, Quality};
+use crate::output::IfExists;
+use crate::pipeline::Pace;
+use crate::plan::{InputArgs, ModelArgs};
+use crate::report::Exit;
+use crate::shards::plan::Labels;
+use crate::shards::ranks::RankArgs;
 use crate::sheet;
-use crate::view::{ImageArgs, View};
+use crate::view::ImageArgs;
 
-/// Turn images into codes, one code file an image
+/// Turn images into codes, in shards of many or one file an image
 ///
-/// Writes OUT/codes/<path>.safetensors for every image (at several resolutions OUT/codes/<path>@256x256.safetensors and so
-/// on), OUT/manifest.json, and OUT/errors.jsonl when files could not be read. Run again, it goes on where it stopped: files that are whole and were made by the same model from images
-/// prepared the same way are kept. The last line on stdout is a summary in JSON.
+/// Writes OUT/00000.parquet, a row an image in the order of their paths' bytes, and OUT/00000_stats.json last, which says that the
+/// shard is done; then 00001 and so on, and OUT/manifest.json. Tars and parquet files become a shard each, named after them.
+/// Images that cannot be read have a row that says why. Run again, it goes on where it stopped, to the same bytes; several
+/// processes share the work by --shard-index and --num-shards. Formats of a file an image write OUT/codes/<path>.safetensors
+/// instead, and OUT/errors.jsonl. The last line on stdout is a summary in JSON.
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -34,12 +44,29 @@ pub(crate) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     images: ImageArgs,
-    /// Format of the code files
-    #[arg(long, alias = "output_format", value_enum, default_value_t = CodeFormat::Safetensors)]
+    /// How codes are written
+    #[arg(long, alias = "output_format", value_enum, default_value_t = CodeFormat::of_build())]
     output_format: CodeFormat,
-    /// What to do with files that an earlier run has written
-    #[arg(long, alias = "if_exists", value_enum, default_value_t = IfExists::Skip)]
+    /// Images a shard holds; tars and parquet files are shards as they are
+    #[arg(long, aliases = ["samples_per_shard", "number_sample_per_shard"], value_name = "N", default_value = "10000")]
+    samples_per_shard: NonZeroUsize,
+    /// Where labels of image files come from
+    #[arg(long, value_enum, default_value_t = Labels::Auto)]
+    labels: Labels,
+    #[command(flatten)]
+    rank: RankArgs,
+    /// Write OUT/plan.jsonl, the list of shards that all processes then work on, and stop
+    #[arg(long)]
+    plan: bool,
+    /// Name of the shard that a tar on standard input becomes
+    #[arg(long, value_name = "NAME", default_value = "stdin")]
+    stdin_name: String,
+    /// What to do with what an earlier run has written
+    #[arg(long, aliases = ["if_exists", "incremental_mode"], value_enum, default_value_t = IfExists::Skip)]
     if_exists: IfExists,
+    /// Do shards again that have images which could not be read
+    #[arg(long)]
+    retry_errors: bool,
     /// Decode the codes again and write OUT/reconstructions/<path>.png
     #[arg(long)]
     reconstruct: bool,
@@ -52,62 +79,110 @@ const EXAMPLES: &str = "\
 Examples:
   vqrae-cli tokenize photos -o out
   vqrae-cli tokenize photos -o out --reconstruct --sheet out/sheet.png
-  vqrae-cli tokenize photos -o out --resolution 256,384x256
-  vqrae-cli tokenize 'photos/**/*.jpg' -o out --model my-model --output-format npy --batch-size 32";
+  vqrae-cli tokenize 'shards/*.tar' -o out --model my-model --batch-size 32
+  vqrae-cli tokenize train-*.parquet -o out --image-key image --label-key label
+  vqrae-cli tokenize --files-from list.jsonl -o out --output-format webdataset
+  aws s3 cp s3://bucket/00012.tar - | vqrae-cli tokenize - --stdin-name 00012 -o out
+  vqrae-cli tokenize photos -o out --plan
+  vqrae-cli tokenize photos -o out --shard-index 3 --num-shards 8
+  vqrae-cli tokenize photos -o out --output-format safetensors --resolution 256,384x256";
 
 #[derive(ValueEnum, Debug, Clone, Copy)]
 enum CodeFormat {
-    /// One tensor "codes" i32 [h, w], the record in the header
+    /// Shards: a column of codes and what is known of each image; what `export` and `reconstruct` read
+    Parquet,
+    /// Shards: tars with KEY.codes.npy and KEY.json
+    #[value(alias = "wds")]
+    Webdataset,
+    /// Shards: a JSON object a line
+    Jsonl,
+    /// A file an image: one tensor "codes" i32 [h, w], the record in the header
     Safetensors,
-    /// int32 [h, w] for numpy.load, the record in a .json beside it
+    /// A file an image: int32 [h, w] for numpy.load, the record in a .json beside it
     Npy,
 }
 
-impl From<CodeFormat> for Format {
-    fn from(format: CodeFormat) -> Self {
-        match format {
-            CodeFormat::Safetensors => Self::Safetensors,
-            CodeFormat::Npy => Self::Npy,
-        }
+impl CodeFormat {
+    /// Parquet, unless the program was built without it.
+    fn of_build() -> Self {
+        if cfg!(feature = "parquet") { Self::Parquet } else { Self::Jsonl }
     }
 }
 
-/// The checked plan, with everything opened.
-struct Job {
+pub(crate) fn execute(args: Args) -> Result<Exit> {
+    let layout = match args.output_format {
+        CodeFormat::Parquet => Ok(Layout::Parquet),
+        CodeFormat::Webdataset => Ok(Layout::WebDataset),
+        CodeFormat::Jsonl => Ok(Layout::Jsonl),
+        CodeFormat::Safetensors => Err(Format::Safetensors),
+        CodeFormat::Npy => Err(Format::Npy),
+    };
+    match layout {
+        Ok(_) if args.plan => shards::plan(&args),
+        Ok(layout) => shards::run(&args, layout),
+        Err(_) if args.plan || args.rank.is_given() => {
+            bail!(
+                "a file an image is written by one process; leave --plan and ranks out, or take --output-format parquet"
+            )
+        }
+        Err(format) => files::run(&args, &Engine::open(&args)?, format),
+    }
+}
+
+/// What computes codes, opened.
+struct Engine {
     /// The same on every device.
     models: Vec<Vqrae>,
     reading: Reading,
-    output: Output,
-    extension: &'static str,
     reconstruct: bool,
     pace: Pace,
 }
 
-pub(crate) fn execute(args: Args) -> Result<Exit> {
-    let inputs = args.inputs.find(Kind::Images)?;
-    let models = args.model.open_all()?;
-    let model = one_kind(&models)?;
-    let reading = Reading::new(&args.images, model)?;
-    let output = Output::open(&args.inputs.output, model, &reading.views, args.if_exists)?;
-    let (extension, reconstruct) = (Format::from(args.output_format).extension(), args.reconstruct);
-    let job = Job { models, reading, output, extension, reconstruct, pace: args.inputs.pace() };
+/// What comes of images of one size: the codes u32 `[B, h, w]` or `[B, h, w, c]` and, if wished, the pixels that they decode
+/// to, f32 `[B, 3, H, W]`, all on their model's device.
+type Computed = (Tensor, Option<Tensor>);
 
-    let all = inputs.files.clone();
-    let (left, resumed) = split_done(inputs.files, |input| job.is_done(input))?;
-    let mut progress = start(&args.inputs, left.len(), resumed, &inputs.unreadable)?;
-    let read = |input: &Input| job.reading.load(input);
-    let prepare = |batch: &mut [(&Input, Vec<Loaded>)]| {
-        stack_alike(batch.iter_mut().flat_map(|(_, views)| views), job.model(), job.pace)
-    };
-    let job = &job;
-    let computes = job.models.iter().map(|model| move |batch| job.compute(model, batch)).collect();
-    let write = |batch: &[(&Input, Vec<Loaded>)], computed| job.write(batch, computed);
-    let exit = each_batch(&left, job.pace, &mut progress, read, prepare, computes, write)?;
-    if let (Some(path), Exit::Success) = (&args.sheet, exit) {
-        write_sheet(path, &job.pairs(&all)?, all.len() * job.reading.views.len())?;
+impl Engine {
+    fn open(args: &Args) -> Result<Self> {
+        let models = args.model.open_all()?;
+        let reading = Reading::new(&args.images, one_kind(&models)?)?;
+        Ok(Self { models, reading, reconstruct: args.reconstruct, pace: args.inputs.pace() })
     }
-    let device = device::names(job.models.iter().map(Vqrae::device));
-    finish(progress, exit, device, Quality::default(), RUN_AGAIN)
+
+    /// Any of the models.
+    fn model(&self) -> &Vqrae {
+        &self.models[0]
+    }
+
+    /// What the devices are called.
+    fn devices(&self) -> String {
+        device::names(self.models.iter().map(Vqrae::device))
+    }
+
+    /// A worker for each device.
+    fn computes(&self) -> Vec<impl FnMut(Alike<Tensor>) -> Result<Alike<Computed>> + Send + '_> {
+        self.models.iter().map(|model| move |batch| self.compute(model, batch)).collect()
+    }
+
+    /// Codes and what they decode to, on a model's device.
+    fn compute(&self, model: &Vqrae, batch: Alike<Tensor>) -> Result<Alike<Computed>> {
+        let tokenize = |pixels: &Tensor| {
+            let indices = model.encode_to_indices(&upload(pixels, model)?)?;
+            let painted = self.reconstruct.then(|| model.decode_from_indices(&indices)).transpose()?;
+            Ok((indices, painted))
+        };
+        batch.map(|pixels| memory::within(model.device(), &pixels, tokenize))
+    }
+
+    /// The codes and the picture of each image. What is on a GPU is copied at once, here rather than where it was computed: the
+    /// GPU is at the next batch meanwhile.
+    fn each_image(&self, (indices, painted): Computed) -> Result<Vec<(Tensor, Option<Rgb>)>> {
+        let indices = indices.to_device(&Device::Cpu)?;
+        let preprocessor = &self.reading.views[0].preprocessor;
+        let painted = painted.map(|painted| to_images(&painted, preprocessor)).transpose()?;
+        let mut painted = painted.into_iter().flatten();
+        (0..indices.dim(0)?).map(|i| Ok((indices.get(i)?, painted.next()))).collect()
+    }
 }
 
 /// One of models that give the same codes.
@@ -121,110 +196,25 @@ fn one_kind(models: &[Vqrae]) -> Result<&Vqrae> {
     Ok(first)
 }
 
-/// What comes of images of one size: the codes u32 `[B, h, w]` or `[B, h, w, c]` and, if wished, the pixels that they decode
-/// to, f32 `[B, 3, H, W]`, all on their model's device.
-type Computed = (Tensor, Option<Tensor>);
-
-impl Job {
-    /// Any of the models.
-    fn model(&self) -> &Vqrae {
-        &self.models[0]
-    }
-
-    fn code_file(&self, input: &Input, view: &View) -> PathBuf {
-        self.output.path("codes", input, view, self.extension)
-    }
-
-    fn picture(&self, input: &Input, view: &View) -> PathBuf {
-        self.output.path("reconstructions", input, view, "png")
-    }
-
-    /// Whether an earlier run has made all of an image's files.
-    fn is_done(&self, input: &Input) -> Result<bool> {
-        for view in &self.reading.views {
-            let painted = !self.reconstruct || self.picture(input, view).exists();
-            if !self.output.has(&self.code_file(input, view), view, origin)? || !painted {
-                return Ok(false);
-            }
+/// A sheet of the first images and what their codes decode to.
+fn write_sheet_of(engine: &Engine, path: &Path, inputs: &[Input], total: usize) -> Result<()> {
+    let mut pairs = Vec::new();
+    for input in inputs {
+        // An image that cannot be read is left out.
+        let Ok(loaded) = engine.reading.load_beside(input) else { continue };
+        for (view, (mut loaded, original)) in engine.reading.views.iter().zip(loaded) {
+            let pixels = crate::load::stack_alike(std::iter::once(&mut loaded), engine.model(), engine.pace)?;
+            let painted = pixels.map(|pixels| {
+                let indices = engine.model().encode_to_indices(&upload(&pixels, engine.model())?)?;
+                Ok(engine.model().decode_from_indices(&indices)?)
+            })?;
+            let painted = painted.into_items(|painted| to_images(&painted, &view.preprocessor))?;
+            pairs.extend(painted.into_iter().map(|painted| (original.clone(), painted)));
         }
-        Ok(true)
-    }
-
-    /// Codes and what they decode to, on a model's device.
-    fn compute(&self, model: &Vqrae, batch: Alike<Tensor>) -> Result<Alike<Computed>> {
-        let tokenize = |pixels: &Tensor| {
-            let indices = model.encode_to_indices(&upload(pixels, model)?)?;
-            let painted = self.reconstruct.then(|| model.decode_from_indices(&indices)).transpose()?;
-            Ok((indices, painted))
-        };
-        batch.map(|pixels| memory::within(model.device(), &pixels, tokenize))
-    }
-
-    /// Writes the files of one batch, the code files last: where they are, the image is done.
-    fn write(&self, batch: &[(&Input, Vec<Loaded>)], computed: Alike<Computed>) -> Result<()> {
-        let computed = computed.into_items(|group| self.each_image(group))?;
-        let views = || batch.iter().flat_map(|(input, _)| self.reading.views.iter().map(move |view| (*input, view)));
-        let painted = views()
-            .zip(&computed)
-            .filter_map(|((input, view), (_, painted))| Some((self.picture(input, view), painted.as_ref()?)));
-        save_pngs(painted)?;
-        for ((input, view), (indices, _)) in views().zip(&computed) {
-            self.codes(indices, input, view)?.write(self.code_file(input, view))?;
+        if pairs.len() >= sheet::MOST {
+            break;
         }
-        Ok(())
     }
-
-    /// The codes and the picture of each image. What is on a GPU is copied at once, here rather than where it was computed: the
-    /// GPU is at the next batch meanwhile.
-    fn each_image(&self, (indices, painted): Computed) -> Result<Vec<(Tensor, Option<Rgb>)>> {
-        let indices = indices.to_device(&Device::Cpu)?;
-        let painted = painted.map(|painted| to_images(&painted, &self.reading.views[0].preprocessor)).transpose()?;
-        let mut painted = painted.into_iter().flatten();
-        (0..indices.dim(0)?).map(|i| Ok((indices.get(i)?, painted.next()))).collect()
-    }
-
-    /// The record of one image, from its indices `[h, w]` or `[h, w, c]`.
-    fn codes(&self, indices: &Tensor, input: &Input, view: &View) -> Result<Codes> {
-        let (h, w) = (indices.dim(0)?, indices.dim(1)?);
-        let Origin { model_id, preprocessing, dtype } = self.output.origin(view);
-        Ok(Codes {
-            indices: indices.flatten_all()?.to_vec1()?,
-            h,
-            w,
-            c: self.model().codes_per_token(),
-            model_id,
-            codebook_size: self.model().codebook_size(),
-            source: input.source(),
-            preprocessing,
-            dtype,
-        })
-    }
-
-    /// The first images and what their code files decode to, whichever run wrote those.
-    fn pairs(&self, inputs: &[Input]) -> Result<Vec<(Rgb, Rgb)>> {
-        let mut pairs = Vec::new();
-        for input in
-            inputs.iter().filter(|input| self.reading.views.iter().all(|view| self.code_file(input, view).exists()))
-        {
-            // An image that can no longer be read is left out.
-            let Ok(loaded) = self.reading.load_beside(input) else { continue };
-            for (view, (_, original)) in self.reading.views.iter().zip(loaded) {
-                if pairs.len() == sheet::MOST {
-                    return Ok(pairs);
-                }
-                let codes = Codes::read(self.code_file(input, view))?;
-                let indices = super::stack_codes(&[&codes], self.model().device())?;
-                let decoded = self.model().decode_from_indices(&indices)?;
-                let reconstruction = to_images(&decoded, &view.preprocessor)?.swap_remove(0);
-                pairs.push((original, reconstruction));
-            }
-        }
-        Ok(pairs)
-    }
-}
-
-/// Who made a code file.
-fn origin(path: &Path) -> vqrae::Result<Origin> {
-    let codes = Codes::read(path)?;
-    Ok(Origin { model_id: codes.model_id, preprocessing: codes.preprocessing, dtype: codes.dtype })
+    pairs.truncate(sheet::MOST);
+    write_sheet(path, &pairs, total * engine.reading.views.len())
 }

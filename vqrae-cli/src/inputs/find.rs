@@ -175,7 +175,7 @@ impl Archive {
 }
 
 /// A path that stays below the folder that it is joined to: rows may come from anywhere.
-fn safe(path: &Path) -> PathBuf {
+pub(super) fn safe(path: &Path) -> PathBuf {
     path.components().filter(|part| matches!(part, Component::Normal(_))).collect()
 }
 

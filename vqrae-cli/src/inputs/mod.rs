@@ -67,7 +67,8 @@ impl Input {
         let member = |i: usize| {
             let name = tar.name(i);
             let place = Place::Member(tar.clone(), i);
-            Self { path: path.join(name), relative: relative.join(name), place, about: None }
+            let name = find::safe(Path::new(name));
+            Self { path: path.join(&name), relative: relative.join(&name), place, about: None }
         };
         let mut inputs: Vec<Self> = (0..tar.len()).map(member).collect();
         match tar.damage() {
@@ -93,6 +94,12 @@ impl Input {
     /// The codes of a row of a shard.
     pub(crate) fn of_codes(shard: Arc<Shard>, row: usize, relative: PathBuf) -> Self {
         Self { path: shard.path().join(&relative), relative, place: Place::Codes(shard, row), about: None }
+    }
+
+    /// What was known about it before it was read.
+    #[cfg(test)]
+    pub(crate) fn known(&self) -> Option<&About> {
+        self.about.as_deref()
     }
 
     /// What cannot be read at all.

@@ -157,7 +157,9 @@ impl CodeSet {
             let name = entry.map_err(Error::io(folder))?.file_name();
             names.extend(name.to_str().and_then(|name| name.strip_suffix("_stats.json")).map(str::to_string));
         }
-        names.sort();
+        // Numbers of more than five digits come after those of five.
+        let number = |name: &String| name.bytes().all(|byte| byte.is_ascii_digit()).then_some(name.len());
+        names.sort_by(|a, b| (number(a), a).cmp(&(number(b), b)));
         let mut shards = Vec::with_capacity(names.len());
         for name in names {
             shards.extend(Stats::read(folder, &name)?);
