@@ -2,6 +2,7 @@
 
 mod devices;
 mod resolutions;
+mod shards;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -188,7 +189,9 @@ fn fixture(name: &str) -> Vec<u8> {
 #[test]
 fn a_folder_becomes_code_files_a_manifest_and_a_summary() {
     let bench = Bench::with_photos(7);
-    let run = bench.run("tokenize photos -o out --model model --batch_size 3 --dtype fp32").exits(0);
+    let run = bench
+        .run("tokenize --output-format safetensors photos -o out --model model --batch_size 3 --dtype fp32")
+        .exits(0);
     let summary = run.summary();
     assert_eq!((&summary["images"], &summary["skipped"], &summary["resumed"]), (&7.into(), &0.into(), &0.into()));
     assert!(summary["seconds"].is_number() && summary["images_per_second"].is_number());
@@ -207,7 +210,7 @@ fn a_folder_becomes_code_files_a_manifest_and_a_summary() {
 #[test]
 fn npy_files_hold_the_same_codes() {
     let bench = Bench::with_photos(3);
-    bench.run("tokenize photos -o a --model model").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o a --model model").exits(0);
     bench.run("tokenize photos -o b --model model --output_format npy").exits(0);
     assert_eq!(
         Codes::read(bench.path("a/codes/0000.png.safetensors")).expect("codes"),
@@ -218,12 +221,13 @@ fn npy_files_hold_the_same_codes() {
 #[test]
 fn batch_size_and_threads_do_not_change_the_codes() {
     let bench = Bench::with_photos(20);
-    bench.run("tokenize photos -o out --model model --batch-size 1").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out --model model --batch-size 1").exits(0);
     let expected = bench.tree("out");
     for (batch_size, workers, threads) in [(3, 1, "1"), (16, 3, "2"), (16, 2, "1"), (1, 4, "2")] {
         let output = format!("out-{batch_size}-{workers}-{threads}");
-        let line =
-            format!("tokenize photos -o {output} --model model --batch-size {batch_size} --num-workers {workers}");
+        let line = format!(
+            "tokenize --output-format safetensors photos -o {output} --model model --batch-size {batch_size} --num-workers {workers}"
+        );
         let mut command = bench.command(&line);
         command.env("RAYON_NUM_THREADS", threads);
         finish(command).exits(0);
@@ -234,7 +238,7 @@ fn batch_size_and_threads_do_not_change_the_codes() {
 #[test]
 fn codes_and_images_are_reconstructed_to_the_same_bytes() {
     let bench = Bench::with_photos(5);
-    bench.run("tokenize photos -o out --model model --reconstruct --batch-size 2").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out --model model --reconstruct --batch-size 2").exits(0);
     let expected = bench.tree("out/reconstructions");
     assert_eq!(expected.len(), 5);
     let from_images = bench.run("reconstruct photos -o from-images --model model").exits(0);
@@ -249,8 +253,8 @@ fn codes_and_images_are_reconstructed_to_the_same_bytes() {
 fn a_sheet_shows_every_image_thrice() {
     let bench = Bench::with_photos(3);
     for line in [
-        "tokenize photos -o out --model model --sheet out/sheet.png",
-        "tokenize photos -o out --model model --sheet out/again.png",
+        "tokenize --output-format safetensors photos -o out --model model --sheet out/sheet.png",
+        "tokenize --output-format safetensors photos -o out --model model --sheet out/again.png",
         "reconstruct photos -o out2 --model model --sheet sheets/sheet.png",
     ] {
         bench.run(line).exits(0).says(&["3 of 3 images"]);
@@ -321,8 +325,11 @@ fn statistics_of_features_make_a_model_that_normalises_them() {
     for line in ["features", "hidden_states[1]", "config.latent.normalize", "position"] {
         assert!(told.contains(line), "{line}: {told}");
     }
-    bench.run("tokenize photos/0000.png -o out2 --model new").exits(0);
-    bench.run("tokenize photos/0000.png -o out3 --model new --image-size 64").exits(1).says(&["a grid of 4×4"]);
+    bench.run("tokenize --output-format safetensors photos/0000.png -o out2 --model new").exits(0);
+    bench
+        .run("tokenize --output-format safetensors photos/0000.png -o out3 --model new --image-size 64")
+        .exits(1)
+        .says(&["a grid of 4×4"]);
     let book = bench.run("codebook -o book --model new --json").exits(0).stdout;
     let book: Value = serde_json::from_str(&book).expect("JSON");
     assert_eq!(book["codebook_size"].as_u64(), Some(64));
@@ -334,11 +341,11 @@ fn files_globs_and_folders_may_be_mixed() {
     let bench = Bench::with_photos(6);
     bench.make_photo("other/dog.png", 1);
     std::fs::rename(bench.path("other/dog.png"), bench.path("other/dog.dat")).expect("renaming");
-    bench.run("tokenize photos/cats/**/*.jpg other/dog.dat -o out --model model").exits(0);
+    bench.run("tokenize --output-format safetensors photos/cats/**/*.jpg other/dog.dat -o out --model model").exits(0);
     let names: Vec<_> = bench.tree("out/codes").into_keys().collect();
     assert_eq!(names, ["0001.jpg.safetensors", "dog.dat.safetensors", "tom/0005.jpg.safetensors"].map(PathBuf::from));
     bench
-        .run("tokenize photos/0000.png photos/../photos/0000.png -o out2 --model model")
+        .run("tokenize --output-format safetensors photos/0000.png photos/../photos/0000.png -o out2 --model model")
         .exits(1)
         .says(&["would both be written as 0000.png"]);
 }
@@ -347,7 +354,10 @@ fn files_globs_and_folders_may_be_mixed() {
 fn an_empty_folder_and_a_missing_one_are_errors() {
     let bench = Bench::new();
     bench.write("empty/notes.txt", b"no image");
-    bench.run("tokenize empty -o out --model model").exits(1).says(&["error: no images found under empty"]);
+    bench
+        .run("tokenize --output-format safetensors empty -o out --model model")
+        .exits(1)
+        .says(&["error: no images found under empty"]);
     bench.run("tokenize nowhere -o out --model model").exits(1).says(&["nowhere: no such file or folder"]);
     assert!(!bench.path("out").exists());
 }
@@ -357,11 +367,11 @@ fn words_that_make_no_sense_exit_with_2() {
     let bench = Bench::new();
     for line in [
         "tokenize",
-        "tokenize photos",
-        "tokenize photos -o out --batch-size 0",
-        "tokenize photos -o out --image-size wide",
-        "tokenize photos -o out --resize-mode stretch",
-        "tokenize photos -o out --strict --max-errors 3",
+        "tokenize --output-format safetensors photos",
+        "tokenize --output-format safetensors photos -o out --batch-size 0",
+        "tokenize --output-format safetensors photos -o out --image-size wide",
+        "tokenize --output-format safetensors photos -o out --resize-mode stretch",
+        "tokenize --output-format safetensors photos -o out --strict --max-errors 3",
         "features photos",
         "features photos -o out --statistics out.safetensors",
         "features photos --statistics out.safetensors --if-exists overwrite",
@@ -386,8 +396,11 @@ fn unusual_images_are_tokenized() {
         save_png(&bench.path(&format!("photos/{name}.png")), &image).expect("a PNG");
         save_png(&bench.path(&format!("expected/{name}.png")), &image).expect("a PNG");
     }
-    assert_eq!(bench.run("tokenize photos -o out --model model").exits(0).summary()["images"], 8);
-    bench.run("tokenize expected -o expected-out --model model").exits(0);
+    assert_eq!(
+        bench.run("tokenize --output-format safetensors photos -o out --model model").exits(0).summary()["images"],
+        8
+    );
+    bench.run("tokenize --output-format safetensors expected -o expected-out --model model").exits(0);
     assert!(bench.tree("out") == bench.tree("expected-out"), "decoded otherwise than Pillow does");
 }
 
@@ -418,7 +431,9 @@ fn bad_files(bench: &Bench) -> Vec<(String, &'static str)> {
 fn bad_images_are_skipped_named_and_recorded() {
     let bench = Bench::with_photos(3);
     let bad = bad_files(&bench);
-    let run = bench.run("tokenize photos -o out --model model --batch-size 2 --sheet out/sheet.png").exits(3);
+    let run = bench
+        .run("tokenize --output-format safetensors photos -o out --model model --batch-size 2 --sheet out/sheet.png")
+        .exits(3);
     let summary = run.summary();
     assert_eq!((&summary["images"], &summary["skipped"]), (&3.into(), &bad.len().into()));
     let errors = String::from_utf8(bench.bytes("out/errors.jsonl")).expect("UTF-8");
@@ -430,10 +445,10 @@ fn bad_images_are_skipped_named_and_recorded() {
         let record = record.into_iter().find(|record| record["path"] == format!("bad/{name}")).expect("a record");
         assert!(line.ends_with(record["reason"].as_str().expect("a reason")));
     }
-    let again = bench.run("tokenize photos -o out --model model").exits(3).summary();
+    let again = bench.run("tokenize --output-format safetensors photos -o out --model model").exits(3).summary();
     assert_eq!((&again["resumed"], &again["skipped"]), (&3.into(), &bad.len().into()));
     std::fs::remove_dir_all(bench.path("photos/bad")).expect("removing");
-    bench.run("tokenize photos -o out --model model").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out --model model").exits(0);
     assert!(!bench.path("out/errors.jsonl").exists(), "errors of an earlier run are still recorded");
 }
 
@@ -441,10 +456,19 @@ fn bad_images_are_skipped_named_and_recorded() {
 fn a_run_gives_up_when_told_to() {
     let bench = Bench::with_photos(3);
     let bad = bad_files(&bench).len();
-    bench.run("tokenize photos -o a --model model --strict").exits(1).says(&["giving up: 1 file could not be read"]);
-    bench.run("tokenize photos -o b --model model --max-errors 2").exits(1).says(&["giving up: 3 files", "allowed: 2"]);
-    bench.run(&format!("tokenize photos -o c --model model --max-errors {bad}")).exits(3);
-    bench.run("tokenize photos -o d --model model --max-pixels 10").exits(3).says(&["limit: 10"]);
+    bench
+        .run("tokenize --output-format safetensors photos -o a --model model --strict")
+        .exits(1)
+        .says(&["giving up: 1 file could not be read"]);
+    bench
+        .run("tokenize --output-format safetensors photos -o b --model model --max-errors 2")
+        .exits(1)
+        .says(&["giving up: 3 files", "allowed: 2"]);
+    bench.run(&format!("tokenize --output-format safetensors photos -o c --model model --max-errors {bad}")).exits(3);
+    bench
+        .run("tokenize --output-format safetensors photos -o d --model model --max-pixels 10")
+        .exits(3)
+        .says(&["limit: 10"]);
 }
 
 #[test]
@@ -458,7 +482,10 @@ fn an_image_that_may_not_be_read_is_skipped() {
         // Root may read everything: there is nothing to test.
         return;
     }
-    bench.run("tokenize photos -o out --model model").exits(3).says(&["skipped photos/0000.png: cannot be read"]);
+    bench
+        .run("tokenize --output-format safetensors photos -o out --model model")
+        .exits(3)
+        .says(&["skipped photos/0000.png: cannot be read"]);
 }
 
 #[cfg(unix)]
@@ -472,15 +499,28 @@ fn set_private(_: &mut std::fs::Permissions) {}
 #[test]
 fn an_earlier_run_is_kept_mended_or_done_again() {
     let bench = Bench::with_photos(4);
-    bench.run("tokenize photos -o out --model model").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out --model model").exits(0);
     let expected = bench.tree("out");
     let damaged = "out/codes/0000.png.safetensors";
     bench.write(damaged, &bench.bytes(damaged)[..40]);
-    let summary = bench.run("tokenize photos -o out --model model").exits(0).says(&["3 of 4 images"]).summary();
+    let summary = bench
+        .run("tokenize --output-format safetensors photos -o out --model model")
+        .exits(0)
+        .says(&["3 of 4 images"])
+        .summary();
     assert_eq!((&summary["images"], &summary["resumed"]), (&1.into(), &3.into()));
     assert!(bench.tree("out") == expected);
-    assert_eq!(bench.run("tokenize photos -o out --model model --if-exists overwrite").exits(0).summary()["images"], 4);
-    bench.run("tokenize photos -o out --model model --if_exists error").exits(1).says(&["--if-exists skip"]);
+    assert_eq!(
+        bench
+            .run("tokenize --output-format safetensors photos -o out --model model --if-exists overwrite")
+            .exits(0)
+            .summary()["images"],
+        4
+    );
+    bench
+        .run("tokenize --output-format safetensors photos -o out --model model --if_exists error")
+        .exits(1)
+        .says(&["--if-exists skip"]);
     assert!(bench.tree("out") == expected);
 }
 
@@ -489,18 +529,24 @@ fn an_output_folder_of_another_model_is_refused() {
     let bench = Bench::with_photos(2);
     bench.make_model("other", 2);
     let ids = [bench.id("model"), bench.id("other")];
-    bench.run("tokenize photos -o out --model model").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out --model model").exits(0);
     let expected = bench.tree("out");
-    let run = bench.run("tokenize photos -o out --model other").exits(1);
+    let run = bench.run("tokenize --output-format safetensors photos -o out --model other").exits(1);
     run.says(&[&ids[0], &ids[1], "manifest.json", "choose another --output", "--if-exists overwrite"]);
-    bench.run("tokenize photos -o out --model model --resize-mode pad").exits(1).says(&["32x32-pad"]);
-    bench.run("tokenize photos -o out --model model --image-size 64").exits(1).says(&["64x64-squash"]);
+    bench
+        .run("tokenize --output-format safetensors photos -o out --model model --resize-mode pad")
+        .exits(1)
+        .says(&["32x32-pad"]);
+    bench
+        .run("tokenize --output-format safetensors photos -o out --model model --image-size 64")
+        .exits(1)
+        .says(&["64x64-squash"]);
     assert!(bench.tree("out") == expected, "a refused run has changed the folder");
 
     std::fs::remove_file(bench.path("out/manifest.json")).expect("removing");
-    let run = bench.run("tokenize photos -o out --model other").exits(1);
+    let run = bench.run("tokenize --output-format safetensors photos -o out --model other").exits(1);
     run.says(&[&ids[0], &ids[1], "0000.png.safetensors", "--if-exists overwrite"]);
-    bench.run("tokenize photos -o out --model other --if-exists overwrite").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out --model other --if-exists overwrite").exits(0);
     let codes = Codes::read(bench.path("out/codes/0000.png.safetensors")).expect("codes");
     assert_eq!(codes.model_id, ids[1]);
 }
@@ -509,7 +555,7 @@ fn an_output_folder_of_another_model_is_refused() {
 fn codes_of_another_model_are_not_reconstructed() {
     let bench = Bench::with_photos(1);
     bench.make_model("other", 2);
-    bench.run("tokenize photos -o out --model model").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out --model model").exits(0);
     let run = bench.run("reconstruct out/codes -o again --model other").exits(1);
     run.says(&["0000.png.safetensors", &bench.id("model"), &bench.id("other")]);
     assert!(!bench.path("again/reconstructions").exists());
@@ -518,7 +564,7 @@ fn codes_of_another_model_are_not_reconstructed() {
 #[test]
 fn damaged_code_files_are_skipped() {
     let bench = Bench::with_photos(2);
-    bench.run("tokenize photos -o out --model model").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out --model model").exits(0);
     let damaged = "out/codes/0000.png.safetensors";
     bench.write(damaged, &bench.bytes(damaged)[..99]);
     bench.run("reconstruct out/codes -o again --model model").exits(3).says(&["not a whole safetensors file"]);
@@ -530,7 +576,7 @@ fn broken_models_are_refused_by_name() {
     let bench = Bench::with_photos(1);
     let weights = bench.bytes("model/model.safetensors");
     let config = String::from_utf8(bench.bytes("model/config.json")).expect("UTF-8");
-    let tokenize = || bench.run("tokenize photos -o out --model model").exits(1);
+    let tokenize = || bench.run("tokenize --output-format safetensors photos -o out --model model").exits(1);
 
     bench.write("model/model.safetensors", &weights[..weights.len() / 2]);
     tokenize().says(&["model.safetensors", "not a whole safetensors file"]);
@@ -551,7 +597,7 @@ fn broken_models_are_refused_by_name() {
 #[test]
 fn inspect_tells_about_models_and_code_files() {
     let bench = Bench::with_photos(1);
-    bench.run("tokenize photos -o out --model model").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out --model model").exits(0);
     let model = bench.run("inspect model").exits(0).stdout;
     for part in ["config.encoder.hidden_size", "codebook_size", "parameters", "4 x 4"] {
         assert!(model.contains(part), "{part} in: {model}");
@@ -575,7 +621,7 @@ fn a_codebook_and_its_use_become_figures_and_pictures() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/photos").join(name);
         bench.write(&format!("photos/{name}"), &std::fs::read(path).expect(name));
     }
-    bench.run("tokenize photos -o out").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out").exits(0);
     let facts = bench.run("codebook out/codes out/codes/coffee.png.safetensors -o out/book --json").exits(0).stdout;
     let facts: Value = serde_json::from_str(&facts).expect("JSON");
     let mut counts = vec![0u64; 16_384];
@@ -697,7 +743,7 @@ fn init_makes_a_model_that_tokenizes() {
 
     let run = bench.run("init --encoder siglip --config config.json -o new --seed 3").exits(0);
     assert!(run.stdout.contains(&bench.id("new")), "{}", run.stdout);
-    bench.run("tokenize photos -o out --model new").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out --model new").exits(0);
     bench
         .run("init --encoder nowhere --config config.json -o new")
         .exits(1)
@@ -747,7 +793,10 @@ fn two_runs_do_not_share_an_output_folder() {
     std::fs::create_dir(bench.path("out")).expect("a folder");
     let Ok(folder) = std::fs::File::open(bench.path("out")) else { return };
     if folder.try_lock().is_ok() {
-        bench.run("tokenize photos -o out --model model").exits(1).says(&["another run is writing to this folder"]);
+        bench
+            .run("tokenize --output-format safetensors photos -o out --model model")
+            .exits(1)
+            .says(&["another run is writing to this folder"]);
     }
 }
 
@@ -755,8 +804,11 @@ fn two_runs_do_not_share_an_output_folder() {
 fn an_output_that_is_a_file_is_refused() {
     let bench = Bench::with_photos(1);
     bench.write("out", b"in the way");
-    bench.run("tokenize photos -o out --model model").exits(1).says(&["error: out: "]);
-    bench.run("tokenize photos -o out/deeper --model model").exits(1).says(&["error: out/deeper: "]);
+    bench.run("tokenize --output-format safetensors photos -o out --model model").exits(1).says(&["error: out: "]);
+    bench
+        .run("tokenize --output-format safetensors photos -o out/deeper --model model")
+        .exits(1)
+        .says(&["error: out/deeper: "]);
 }
 
 /// A full disk is played by a limit on the size of files: the write fails, with another word from the system.
@@ -765,7 +817,9 @@ fn an_output_that_is_a_file_is_refused() {
 fn a_full_disk_is_an_error_that_names_the_file() {
     let bench = Bench::with_photos(2);
     let mut command = Command::new("sh");
-    let script = format!("trap '' XFSZ; ulimit -f 0; exec '{BINARY}' tokenize photos -o out --model model");
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 0; exec '{BINARY}' tokenize --output-format safetensors photos -o out --model model"
+    );
     command.args(["-c", &script]).current_dir(bench.folder.path());
     finish(command).exits(1).says(&["error: out/manifest.json: "]);
     assert!(bench.tree("out").is_empty());
@@ -780,7 +834,8 @@ mod signals {
     const PHOTOS: usize = 120;
 
     /// Larger images than the model's own make a run that is long enough to be stopped.
-    const TOKENIZE: &str = "tokenize photos --model model --image-size 192 --batch-size 2 --reconstruct -o";
+    const TOKENIZE: &str =
+        "tokenize --output-format safetensors photos --model model --image-size 192 --batch-size 2 --reconstruct -o";
 
     /// Starts a run, and sends it a signal once it has written some files; then waits for its end.
     fn stopped_by(signal: &str, bench: &Bench, device: &str) -> Run {
@@ -838,10 +893,12 @@ fn a_converted_checkpoint_tokenizes_and_reconstructs() {
     let heads = "--set encoder.num_attention_heads=2 --set decoder.num_attention_heads=3";
     let run = bench.run(&format!("convert ep.pt -o converted {heads}")).exits(0);
     assert!(run.stdout.contains("fork-siglip") && run.stdout.contains("ema"), "{}", run.stdout);
-    bench.run("tokenize photos -o out --model converted --reconstruct --dtype f32").exits(0);
+    bench
+        .run("tokenize --output-format safetensors photos -o out --model converted --reconstruct --dtype f32")
+        .exits(0);
     assert!(bench.path("out/reconstructions/0000.png.png").exists());
     bench.run("convert fsq.pt --set quantizer.levels=[5,4,3] --base converted -o another").exits(0);
-    bench.run("tokenize photos -o fsq --model another --dtype f32").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o fsq --model another --dtype f32").exits(0);
     assert_eq!(Codes::read(bench.path("fsq/codes/0000.png.safetensors")).expect("codes").codebook_size, 60);
 
     let run = bench.run("convert ep.pt -o other --set a").exits(2);

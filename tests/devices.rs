@@ -7,7 +7,8 @@ fn several_devices_write_the_files_of_one() {
     let bench = Bench::with_photos(23);
     // In between, so that batches of the devices do not fall on the same places of the folder.
     bench.write("photos/0010-broken.png", b"no image");
-    let line = "tokenize photos --model model --batch-size 3 --reconstruct --resolution 32,64x32";
+    let line =
+        "tokenize --output-format safetensors photos --model model --batch-size 3 --reconstruct --resolution 32,64x32";
     bench.run(&format!("{line} -o one --device cpu")).exits(3);
     let expected = bench.tree("one");
     assert_eq!(expected.len(), 23 * 2 * 2 + 2);
@@ -21,12 +22,14 @@ fn several_devices_write_the_files_of_one() {
 #[test]
 fn what_one_device_left_undone_is_done_by_several() {
     let bench = Bench::with_photos(9);
-    bench.run("tokenize photos -o whole --model model").exits(0);
-    bench.run("tokenize photos -o out --model model").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o whole --model model").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out --model model").exits(0);
     for name in ["0000.png", "cats/0004.png", "cats/tom/0005.jpg", "cats/tom/0008.png"] {
         std::fs::remove_file(bench.path(&format!("out/codes/{name}.safetensors"))).expect(name);
     }
-    let run = bench.run("tokenize photos -o out --model model --batch-size 1 --device cpu,cpu,cpu").exits(0);
+    let run = bench
+        .run("tokenize --output-format safetensors photos -o out --model model --batch-size 1 --device cpu,cpu,cpu")
+        .exits(0);
     assert_eq!((run.summary()["images"].as_u64(), run.summary()["resumed"].as_u64()), (Some(4), Some(5)));
     assert!(bench.tree("out") == bench.tree("whole"));
 }
@@ -34,7 +37,7 @@ fn what_one_device_left_undone_is_done_by_several() {
 #[test]
 fn a_device_that_is_not_there_is_an_error_with_a_next_step() {
     let bench = Bench::with_photos(1);
-    let run = bench.run("tokenize photos -o out --model model --device cuda");
+    let run = bench.run("tokenize --output-format safetensors photos -o out --model model --device cuda");
     // Where there is a GPU, it is used.
     if run.code == Some(0) {
         assert_eq!(run.summary()["device"], "cuda:0");
@@ -44,16 +47,25 @@ fn a_device_that_is_not_there_is_an_error_with_a_next_step() {
         bench.run("train --config none.toml --data photos -o run --device cuda:0,1").exits(1);
         bench.run("bench --shapes tiny --device cuda:0").exits(1).says(&["cuda:0 cannot be used: "]);
     }
-    bench.run("tokenize photos -o out --model model --device cuda:64").exits(1).says(&["cuda:64 cannot be used: "]);
-    bench.run("tokenize photos -o out --model model --device gpu").exits(2).says(&["expected: auto, cpu, cuda"]);
-    bench.run("tokenize photos -o out --model model --device cuda:0,0").exits(2).says(&["card 0 is named twice"]);
+    bench
+        .run("tokenize --output-format safetensors photos -o out --model model --device cuda:64")
+        .exits(1)
+        .says(&["cuda:64 cannot be used: "]);
+    bench
+        .run("tokenize --output-format safetensors photos -o out --model model --device gpu")
+        .exits(2)
+        .says(&["expected: auto, cpu, cuda"]);
+    bench
+        .run("tokenize --output-format safetensors photos -o out --model model --device cuda:0,0")
+        .exits(2)
+        .says(&["card 0 is named twice"]);
 }
 
 #[test]
 fn auto_takes_what_there_is_and_the_summary_says_what() {
     let bench = Bench::with_photos(2);
     let device = |command: Command| finish(command).exits(0).summary()["device"].as_str().map(str::to_string);
-    let line = "tokenize photos --model model -o";
+    let line = "tokenize --output-format safetensors photos --model model -o";
     assert_eq!(device(bench.command(&format!("{line} a"))).as_deref(), Some("cpu"));
     let auto = device(bench.command(&format!("{line} b --device auto"))).expect("a device");
     assert!(auto == "cpu" || cfg!(feature = "cuda") && auto == "cuda:0", "{auto}");
@@ -85,7 +97,7 @@ fn on_cards(bench: &Bench, line: &str, memory: Option<usize>) -> Option<Run> {
 fn several_cards_write_the_files_of_one() {
     let bench = Bench::with_photos(13);
     bench.write("photos/0005-broken.png", b"no image");
-    let line = "tokenize photos --model model --batch-size 2 --reconstruct";
+    let line = "tokenize --output-format safetensors photos --model model --batch-size 2 --reconstruct";
     let Some(one) = on_cards(&bench, &format!("{line} -o one --device cuda:0"), None) else { return };
     assert_eq!(one.exits(3).summary()["device"], "cuda:0");
     for cards in ["cuda:2,0", "cuda:0,1,2"] {

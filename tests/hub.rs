@@ -180,7 +180,7 @@ struct Run {
     stderr: String,
 }
 
-const TOKENIZE: &str = "tokenize photo.png -o out --dtype f32 --model cats/tiny";
+const TOKENIZE: &str = "tokenize --output-format safetensors photo.png -o out --dtype f32 --model cats/tiny";
 
 impl Bench {
     fn new() -> Self {
@@ -266,7 +266,7 @@ fn a_model_is_downloaded_once_and_then_taken_from_the_cache() {
         std::fs::read(bench.path("model").join(WEIGHTS)).unwrap()
     );
     let codes = |out: &str| Codes::read(bench.path(out).join("codes/photo.png.safetensors")).expect("codes");
-    bench.run("tokenize photo.png -o local --dtype f32 --model model").exits(0);
+    bench.run("tokenize --output-format safetensors photo.png -o local --dtype f32 --model model").exits(0);
     assert_eq!(codes("out"), codes("local"));
     assert!(!bench.hub.requests().is_empty());
 
@@ -276,7 +276,8 @@ fn a_model_is_downloaded_once_and_then_taken_from_the_cache() {
         ("offline", [("HF_HUB_OFFLINE", "1"), ("HF_TOKEN", "")]),
         ("elsewhere", [("HF_HOME", "nowhere"), ("HF_HUB_CACHE", "home/hub")]),
     ] {
-        let line = format!("tokenize photo.png -o {out} --dtype f32 --model cats/tiny@main");
+        let line =
+            format!("tokenize --output-format safetensors photo.png -o {out} --dtype f32 --model cats/tiny@main");
         bench.run_with(&line, &variables).exits(0);
         assert_eq!(codes(out), codes("local"));
     }
@@ -291,7 +292,10 @@ fn a_folder_of_that_name_comes_first() {
     std::fs::rename(bench.path("model"), bench.path("cats/tiny")).unwrap();
     bench.run(TOKENIZE).exits(0);
     assert_eq!(bench.hub.requests(), [""; 0]);
-    bench.run("tokenize photo.png -o out --model cats/tiny/deep").exits(1).says(&["no such folder", "OWNER/NAME"]);
+    bench
+        .run("tokenize --output-format safetensors photo.png -o out --model cats/tiny/deep")
+        .exits(1)
+        .says(&["no such folder", "OWNER/NAME"]);
 }
 
 #[test]
@@ -380,9 +384,9 @@ fn a_broken_file_is_refused_by_path_until_it_is_deleted() {
 #[test]
 fn what_the_hub_does_not_have_is_told_by_name() {
     let bench = Bench::new();
-    let run = bench.run("tokenize photo.png -o out --model cats/large").exits(1);
+    let run = bench.run("tokenize --output-format safetensors photo.png -o out --model cats/large").exits(1);
     run.says(&["no folder cats/large here", "there is no cats/large@main", &bench.hub.url, "check the spelling"]);
-    let run = bench.run("tokenize photo.png -o out --model cats/tiny@v2").exits(1);
+    let run = bench.run("tokenize --output-format safetensors photo.png -o out --model cats/tiny@v2").exits(1);
     run.says(&["cats/tiny has no revision v2"]);
     bench.hub.change("cats/tiny", |files| files.remove("preprocessor_config.json").map_or((), drop));
     bench
@@ -394,11 +398,11 @@ fn what_the_hub_does_not_have_is_told_by_name() {
         let weights = files.remove(WEIGHTS).unwrap();
         files.insert("pytorch_model.bin".to_string(), weights);
     });
-    let run = bench.run("tokenize photo.png -o out --model cats/torch").exits(1);
+    let run = bench.run("tokenize --output-format safetensors photo.png -o out --model cats/torch").exits(1);
     run.says(&["neither model.safetensors nor", "pytorch_model.bin", "convert"]);
     let closed = [("HF_ENDPOINT", "http://127.0.0.1:1")];
     bench
-        .run_with("tokenize photo.png -o out --model a/b", &closed)
+        .run_with("tokenize --output-format safetensors photo.png -o out --model a/b", &closed)
         .exits(1)
         .says(&["http://127.0.0.1:1", "check the network"]);
 }
@@ -490,7 +494,7 @@ fn the_cache_is_listed() {
     bench.hub.change("cats/tiny", |files| files.remove(WEIGHTS).map_or((), drop));
     bench.hub.publish("dogs/half", &bench.path("model"));
     bench.hub.change("dogs/half", |files| files.remove(WEIGHTS).map_or((), drop));
-    bench.run("tokenize photo.png -o out --model dogs/half").exits(1);
+    bench.run("tokenize --output-format safetensors photo.png -o out --model dogs/half").exits(1);
     let listed = bench.run("cache list").exits(0).stdout;
     let lines: Vec<_> = listed.lines().collect();
     assert!(lines[0].starts_with("cats/tiny@main") && lines[0].contains("  whole  "), "{listed}");

@@ -89,7 +89,7 @@ fn a_model_of_many_grids_is_trained_on_square_crops() {
     bench.write("train.toml", config.as_bytes());
     bench.run("train --config train.toml --data photos --val photos --output-dir run").exits(0);
     assert!(bench.bytes("run/model/preprocessor_config.json") == bench.bytes("naflex/preprocessor_config.json"));
-    bench.run("tokenize photos -o out --model run/model").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o out --model run/model").exits(0);
     let codes = Codes::read(bench.path("out/codes/2.png.safetensors")).expect("codes");
     assert!(codes.w > 2 * codes.h, "{}x{}", codes.h, codes.w);
 }
@@ -120,14 +120,14 @@ fn a_model_of_many_grids_says_so() {
     assert!(manifest.get("grid").is_none() && manifest.get("image_size").is_none(), "{manifest}");
 
     // A smaller budget, and one size for all after all.
-    bench.run("tokenize photos/0.png -o small --model naflex --resolution 16x24").exits(0);
+    bench.run("tokenize --output-format safetensors photos/0.png -o small --model naflex --resolution 16x24").exits(0);
     let codes = Codes::read(bench.path("small/codes/0.png.safetensors")).expect("codes");
     let (h, w) = Naflex { max_num_patches: 6, ..BUDGET }.size_of(45, 60);
     assert_eq!((codes.h, codes.w), (h / 8, w / 8));
-    bench.run("tokenize photos/0.png -o square --model naflex --resize-mode squash --resolution 24").exits(0);
+    bench.run("tokenize --output-format safetensors photos/0.png -o square --model naflex --resize-mode squash --resolution 24").exits(0);
     assert_eq!(Codes::read(bench.path("square/codes/0.png.safetensors")).expect("codes").h, 3);
     // And the other way round: another encoder's images keep their aspect ratio.
-    bench.run("tokenize photos -o wide --model model --resize-mode naflex").exits(0);
+    bench.run("tokenize --output-format safetensors photos -o wide --model model --resize-mode naflex").exits(0);
     let codes = Codes::read(bench.path("wide/codes/2.png.safetensors")).expect("codes");
     assert!(codes.w >= 4 * codes.h && codes.h * codes.w <= 16, "{}x{}", codes.h, codes.w);
 }
@@ -135,14 +135,16 @@ fn a_model_of_many_grids_says_so() {
 #[test]
 fn one_run_makes_codes_at_several_resolutions() {
     let bench = Bench::with_photos(5);
-    let several = "tokenize photos --model model --resolution 32,64x32 --reconstruct --batch-size 3 -o";
+    let several = "tokenize --output-format safetensors photos --model model --resolution 32,64x32 --reconstruct --batch-size 3 -o";
     let summary = bench.run(&format!("{several} out")).exits(0).summary();
     assert_eq!(summary["images"], 5);
     assert_eq!(bench.tree("out/codes").len(), 10);
     let manifest: Value = serde_json::from_slice(&bench.bytes("out/manifest.json")).expect("JSON");
     assert_eq!(manifest["grid"], serde_json::json!([[4, 4], [8, 4]]));
     for (resolution, marked, grid) in [("32", "32x32", (4, 4)), ("64x32", "64x32", (8, 4))] {
-        let line = format!("tokenize photos --model model -o alone-{resolution} --resolution {resolution}");
+        let line = format!(
+            "tokenize --output-format safetensors photos --model model -o alone-{resolution} --resolution {resolution}"
+        );
         bench.run(&line).exits(0);
         for name in ["0000.png", "cats/0001.jpg"] {
             let alone = bench.bytes(&format!("alone-{resolution}/codes/{name}.safetensors"));
@@ -157,7 +159,7 @@ fn one_run_makes_codes_at_several_resolutions() {
     let summary = bench.run(&format!("{several} out")).exits(0).summary();
     assert_eq!((&summary["images"], &summary["resumed"]), (&1.into(), &4.into()));
     assert!(bench.tree("out") == expected);
-    bench.run("tokenize photos --model model -o out").exits(1).says(&[
+    bench.run("tokenize --output-format safetensors photos --model model -o out").exits(1).says(&[
         "32x32-squash",
         "64x32-squash",
         "another --output",
@@ -180,12 +182,18 @@ fn one_run_makes_codes_at_several_resolutions() {
 fn a_size_in_no_whole_patches_is_told_the_nearest_ones() {
     let bench = Bench::with_photos(1);
     bench
-        .run("tokenize photos -o out --model model --resolution 30x64")
+        .run("tokenize --output-format safetensors photos -o out --model model --resolution 30x64")
         .exits(1)
         .says(&["images of 30x64 do not suit this model", "24×64, 32×64"]);
     bench.run("features photos -o out --model model --resolution 4").exits(1).says(&["that do: 8×8"]);
-    bench.run("tokenize photos -o out --model model --resolution 32,32x32").exits(1).says(&["32x32 twice"]);
-    bench.run("tokenize photos -o out --model model --resolution 32,big").exits(2).says(&["HxW"]);
+    bench
+        .run("tokenize --output-format safetensors photos -o out --model model --resolution 32,32x32")
+        .exits(1)
+        .says(&["32x32 twice"]);
+    bench
+        .run("tokenize --output-format safetensors photos -o out --model model --resolution 32,big")
+        .exits(2)
+        .says(&["HxW"]);
     assert!(!bench.path("out").exists());
 }
 
@@ -221,7 +229,9 @@ fn a_decoder_of_another_patch_is_compared_at_the_size_that_it_paints() {
         assert!((told - sum / 3.0).abs() < 1e-3, "{mode}: expected: {}, got: {told}", sum / 3.0);
 
         let line = format!("photos -o {out}-codes --model larger --resize-mode {mode}");
-        bench.run(&format!("tokenize {line} --reconstruct --sheet {out}/tokens.png")).exits(0);
+        bench
+            .run(&format!("tokenize --output-format safetensors {line} --reconstruct --sheet {out}/tokens.png"))
+            .exits(0);
         assert!(bench.tree(&format!("{out}-codes/reconstructions")) == bench.tree(&format!("{out}/reconstructions")));
         assert!(bench.bytes(&format!("{out}/tokens.png")) == bench.bytes(&format!("{out}/sheet.png")), "{mode}");
     }

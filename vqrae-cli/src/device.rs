@@ -100,6 +100,12 @@ pub(crate) fn auto(count: usize) -> Vec<Device> {
     if vqrae_kernels::cuda::missing().is_some() {
         return vec![Device::Cpu; count];
     }
+    // Of several processes on a machine each takes its own card, if it sees more than one.
+    if let (1, Some(card)) = (count, local_rank())
+        && let Ok(card) = open_card(card)
+    {
+        return vec![card];
+    }
     match (0..count).map(open_card).collect::<Result<Vec<_>>>() {
         Ok(cards) => cards,
         Err(error) => {
@@ -108,6 +114,12 @@ pub(crate) fn auto(count: usize) -> Vec<Device> {
             vec![Device::Cpu; count]
         }
     }
+}
+
+/// The card that a launcher of several processes a machine means for this one: LOCAL_RANK of torchrun, SLURM_LOCALID of srun.
+#[cfg(feature = "cuda")]
+fn local_rank() -> Option<usize> {
+    ["LOCAL_RANK", "SLURM_LOCALID"].iter().find_map(|name| std::env::var(name).ok()?.parse().ok())
 }
 
 /// The CPU as often as asked for: this program was built without CUDA.

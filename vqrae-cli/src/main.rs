@@ -25,7 +25,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{bench, cache, codebook, convert, features, init, inspect, reconstruct, tokenize, train};
+use crate::commands::{bench, cache, codebook, convert, features, init, inspect, reconstruct, tokenize, train, verify};
 use crate::report::{Exit, LogFormat};
 
 /// Turn photos into codes and codes into photos
@@ -47,6 +47,7 @@ Results go to stdout, everything else to stderr.";
 #[derive(Subcommand)]
 enum Command {
     Tokenize(tokenize::Args),
+    Verify(verify::Args),
     Reconstruct(reconstruct::Args),
     Features(features::Args),
     Inspect(inspect::Args),
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> anyhow::Result<Exit> {
     match command {
         Command::Tokenize(args) => tokenize::execute(args),
+        Command::Verify(args) => verify::execute(args),
         Command::Reconstruct(args) => reconstruct::execute(args),
         Command::Features(args) => features::execute(args),
         Command::Inspect(args) => inspect::execute(args),

@@ -178,7 +178,8 @@ impl FileArgs {
             caption: if self.caption_key.is_empty() { keys.caption } else { self.caption_key.clone() },
             label: if self.label_key.is_empty() { keys.label } else { self.label_key.clone() },
         };
-        ImageKeys { tar: given(Keys::webdataset()), table: given(Keys::table()) }
+        let ImageKeys { tar, table } = ImageKeys::default();
+        ImageKeys { tar: given(tar), table: given(table) }
     }
 
     /// How the files are read.
@@ -197,8 +198,7 @@ impl FileArgs {
 pub(crate) fn find_codes(words: &[PathBuf], output: &Path) -> Result<Inputs> {
     let (format, kind) = (Format::Auto, Kind::Codes);
     let listing = Listing::of(&Search { words, files_from: None, nul: false, format, kind, output })?;
-    let keys = ImageKeys { tar: Keys::webdataset(), table: Keys::table() };
-    let mut inputs = listing.expand(kind, &keys, output)?;
+    let mut inputs = listing.expand(kind, &ImageKeys::default(), output)?;
     each_once(&mut inputs);
     Ok(inputs)
 }

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
-use vqrae::codes::{Codes, Format};
+use vqrae::codes::shard::{Layout, Reader, Stats, Tally};
+use vqrae::codes::{CodeSet, Codes, Format};
 use vqrae::image::ResizeMode;
 use vqrae::metrics::CodeCounts;
 use vqrae::{Device, Vqrae};
@@ -16,7 +17,7 @@ use crate::report::{self, Exit};
 
 /// Show what a model folder, a code file or a folder of code files holds
 ///
-/// Without a path, the model that ships with the program. Of a folder of code files: how many there are, and how much
+/// Without a path, the model that ships with the program. Of a folder of code files or shards: how many there are, and how much
 /// of the codebook they use.
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
@@ -32,15 +33,18 @@ const EXAMPLES: &str = "\
 Examples:
   vqrae-cli inspect
   vqrae-cli inspect my-model --json
-  vqrae-cli inspect out/codes/cat.jpg.safetensors
-  vqrae-cli inspect out/codes";
+  vqrae-cli inspect out
+  vqrae-cli inspect out/00000.parquet
+  vqrae-cli inspect out/codes/cat.jpg.safetensors";
 
 pub(crate) fn execute(args: Args) -> Result<Exit> {
     let facts = match &args.path {
         None => model(&plan::shipped(&Device::Cpu, vqrae::DType::F32)?)?,
+        Some(path) if path.is_dir() && CodeSet::is(path) => code_set(path)?,
         Some(path) if path.is_dir() && !path.join("config.json").exists() => code_folder(path)?,
         Some(path) if path.is_dir() => model(&Vqrae::from_pretrained(path, &Device::Cpu, vqrae::DType::F32)?)?,
         Some(path) if Format::of(path).is_some() => codes(path)?,
+        Some(path) if path.is_file() && Layout::of(path).is_some() => code_shard(path)?,
         Some(path) if path.exists() => bail!("{}: neither a model folder nor a code file", path.display()),
         Some(path) => bail!("{}: no such file or folder", path.display()),
     };
@@ -88,6 +92,48 @@ fn codes(path: &Path) -> Result<Value> {
         "preprocessing": codes.preprocessing,
         "dtype": codes.dtype,
     }))
+}
+
+fn code_shard(path: &Path) -> Result<Value> {
+    let reader = Reader::open(path)?;
+    let header = reader.header().clone();
+    let mut tally = Tally::new(&header);
+    for row in reader {
+        tally.add(&row?);
+    }
+    let counted = tally.stats("", Layout::Parquet, "", None, (0, String::new()));
+    let mut facts = json!({
+        "rows": counted.rows,
+        "ok": counted.ok,
+        "errors": counted.errors,
+        "codes_in_use": counted.codes_in_use,
+        "perplexity": counted.perplexity,
+    });
+    merge(&mut facts, serde_json::to_value(header)?);
+    Ok(facts)
+}
+
+/// What the statistics of finished shards say; `verify` reads the shards themselves.
+fn code_set(folder: &Path) -> Result<Value> {
+    let set = CodeSet::open(folder)?;
+    let sum = |field: fn(&Stats) -> u64| set.shards().iter().map(field).sum::<u64>();
+    let mut facts = json!({
+        "shards": set.shards().len(),
+        "missing_shards": set.missing().len(),
+        "rows": set.len(),
+        "ok": sum(|stats| stats.ok as u64),
+        "errors": sum(|stats| stats.errors as u64),
+        "codes": sum(|stats| stats.codes),
+        "bytes": sum(|stats| stats.bytes),
+    });
+    merge(&mut facts, serde_json::to_value(set.manifest())?);
+    Ok(facts)
+}
+
+fn merge(facts: &mut Value, more: Value) {
+    if let (Value::Object(facts), Value::Object(more)) = (facts, more) {
+        facts.extend(more);
+    }
 }
 
 fn code_folder(folder: &Path) -> Result<Value> {

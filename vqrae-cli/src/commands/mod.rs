@@ -10,6 +10,7 @@ pub(crate) mod inspect;
 pub(crate) mod reconstruct;
 pub(crate) mod tokenize;
 pub(crate) mod train;
+pub(crate) mod verify;
 
 use std::path::{Path, PathBuf};
 

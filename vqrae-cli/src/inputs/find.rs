@@ -10,8 +10,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use globset::{GlobBuilder, GlobMatcher};
-use vqrae::codes;
 use vqrae::codes::shard::Layout;
+use vqrae::codes::{self, CodeSet};
 #[cfg(feature = "parquet")]
 use vqrae::samples::Table;
 use vqrae::samples::{IMAGE_ENDINGS, Keys, Tar};
@@ -191,6 +191,12 @@ fn bytes(path: &Path) -> &[u8] {
     path.as_os_str().as_encoded_bytes()
 }
 
+impl Default for ImageKeys {
+    fn default() -> Self {
+        Self { tar: Keys::webdataset(), table: Keys::table() }
+    }
+}
+
 impl Listing {
     /// Searches.
     ///
@@ -302,6 +308,9 @@ impl Listing {
             if word.canonicalize().ok().as_deref() == output && search.kind == Kind::Images {
                 bail!("{text} is also the output folder; choose another folder with --output");
             }
+            if search.kind != Kind::Images && CodeSet::is(word) {
+                return self.add_set(word);
+            }
             self.walk(word, output, search, |path, _| takes(search, path));
             Ok(())
         } else if word.is_file() {
@@ -317,6 +326,17 @@ impl Listing {
         } else {
             bail!("{text}: no such file or folder")
         }
+    }
+
+    /// Adds the finished shards of a set, and nothing else that its folder holds.
+    fn add_set(&mut self, folder: &Path) -> Result<()> {
+        let set = CodeSet::open(folder)?;
+        for stats in set.shards() {
+            let path = set.file(stats);
+            let relative = path.strip_prefix(folder).unwrap_or(&path).to_path_buf();
+            self.archives.push(Archive { path, relative });
+        }
+        Ok(())
     }
 
     fn add_list(&mut self, list: &Path, search: &Search<'_>) -> Result<()> {

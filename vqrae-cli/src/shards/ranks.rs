@@ -108,11 +108,6 @@ impl Rank {
     }
 }
 
-/// The card that a launcher of several processes a machine means for this one: LOCAL_RANK of torchrun, SLURM_LOCALID of srun.
-pub(crate) fn local() -> Option<usize> {
-    ["LOCAL_RANK", "SLURM_LOCALID"].iter().find_map(|name| std::env::var(name).ok()?.parse().ok())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
