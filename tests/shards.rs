@@ -365,7 +365,7 @@ fn hostile_archives_do_not_stop_a_run() {
     let bench = Bench::new();
     bench.make_tars(4);
     let whole = bench.bytes("tars/00000.tar");
-    bench.write("bad/cut.tar", &whole[..whole.len() / 2 + 77]);
+    bench.write("bad/cut.tar", &whole[..whole.len() / 2 / 512 * 512 + 77]);
     bench.write("bad/empty.tar", b"");
     bench.write("bad/text.tar", b"not a tar at all, but long enough to look at; ".repeat(40).as_slice());
     bench.write("bad/empty.parquet", b"");
@@ -466,7 +466,14 @@ fn chaos_ends_in_the_bytes_of_an_undisturbed_run() {
             assert!(matches!(code, Some(0 | 3)), "{code:?}");
         }
         bench.run(&line(&out));
-        assert!(bytes_of(&bench, &out) == expected, "{n} workers, {resumed} half-done shards");
+        let found = bytes_of(&bench, &out);
+        let differing: Vec<_> = expected.iter().filter(|(path, bytes)| found.get(*path) != Some(*bytes)).collect();
+        let names: Vec<_> = differing.iter().map(|(path, _)| path.display().to_string()).collect();
+        let more: Vec<_> = found.keys().filter(|path| !expected.contains_key(*path)).collect();
+        assert!(
+            names.is_empty() && more.is_empty(),
+            "{n} workers, {resumed} half-done: {names:?} differ, {more:?} are new"
+        );
     }
 }
 
@@ -508,4 +515,48 @@ fn a_full_disk_leaves_nothing_half_written() {
     bench.run("tokenize photos -o out --model model").exits(0);
     bench.run("tokenize photos -o whole --model model").exits(0);
     assert!(bytes_of(&bench, "out") == bytes_of(&bench, "whole"));
+}
+
+/// Files that PyPI `datasets` and pyarrow wrote: tests/fixtures/table/make.py.
+#[test]
+fn parquet_files_of_images_become_shards_with_labels_and_captions() {
+    let bench = Bench::new();
+    let table = |name: &str| {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/table").join(name);
+        std::fs::read(path).expect(name)
+    };
+    bench.write("hf/datasets.parquet", &table("datasets.parquet"));
+    bench.write("hf/plain.parquet", &table("plain.parquet"));
+    let line = "tokenize hf/datasets.parquet hf/plain.parquet --model model -o";
+    bench.run(&format!("{line} out --batch-size 3 --num-workers 5")).exits(3);
+    let rows = rows(&bench, "out");
+    assert_eq!(rows.len(), 24);
+    let row = &rows[7];
+    assert_eq!((row.key.as_str(), row.path.as_str()), ("datasets-0007", "datasets.parquet/7"));
+    let facts = (row.label, row.class.as_deref(), row.caption.as_deref());
+    assert_eq!(facts, (Some(1), Some("cat"), Some("picture 7")));
+    assert_eq!((row.width, row.height), (Some(12), Some(9)));
+    let errors: Vec<_> = rows.iter().filter_map(|row| Some((row.key.as_str(), row.error.as_deref()?))).collect();
+    assert_eq!(errors.len(), 2);
+    assert_eq!(errors[0], ("datasets-0005", "no bytes in the column `image`"));
+    assert!(errors[1].0 == "datasets-0008" && errors[1].1.starts_with("not a JPEG"), "{errors:?}");
+    assert_eq!(rows[20..].iter().map(|row| row.label).collect::<Vec<_>>(), [Some(3), Some(1), None, Some(2)]);
+    // The same pictures as files of their own have the same codes, and a run that starts in the middle goes on rightly.
+    assert_eq!(rows[20].codes, rows[0].codes);
+    bench.run(&format!("{line} again --batch-size 2 --num-workers 1")).exits(3);
+    assert!(bytes_of(&bench, "again") == bytes_of(&bench, "out"));
+    let told = bench.run("verify out --images hf/datasets.parquet hf/plain.parquet --model model").exits(0);
+    assert_eq!(serde_json::from_str::<Value>(&told.stdout).unwrap()["encoded_again"], 24);
+    bench.run("tokenize hf/plain.parquet -o no --model model --image-key picture").exits(3).says(&["it has jpg, cls"]);
+    // Damaged at any place: rows with errors, never the end of the run.
+    let whole = table("datasets.parquet");
+    for (i, at) in (0..whole.len()).step_by(whole.len() / 12).enumerate() {
+        let mut damaged = whole.clone();
+        damaged[at..].iter_mut().take(40).for_each(|byte| *byte = byte.wrapping_mul(31).wrapping_add(77));
+        bench.write(&format!("damaged/{i}.parquet"), &damaged);
+        bench.write(&format!("damaged/cut{i}.parquet"), &whole[..at]);
+    }
+    let run = bench.run("tokenize damaged -o hurt --model model --input-format parquet");
+    assert!(matches!(run.code, Some(0 | 3)), "{}", run.stderr);
+    bench.run("verify hurt").exits(0);
 }

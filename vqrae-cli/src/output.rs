@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vqrae::codes::CodeSet;
 use vqrae::image::{Preprocessor, ResizeMode, Rgb};
-use vqrae::{Error, Vqrae, codes, image};
+use vqrae::{Error, Vqrae, codes, files, image};
 use walkdir::WalkDir;
 
 use crate::inputs::Input;
@@ -201,10 +201,7 @@ impl Output {
         let here = WalkDir::new(&self.folder).max_depth(1).into_iter();
         let below = KINDS.map(|kind| WalkDir::new(self.folder.join(kind)).into_iter());
         for entry in here.chain(below.into_iter().flatten()).filter_map(Result::ok) {
-            if is_temporary(&entry.file_name().to_string_lossy()) {
-                // One that cannot be removed does no harm.
-                let _ = std::fs::remove_file(entry.path());
-            }
+            files::sweep(entry.path());
         }
     }
 }
@@ -234,12 +231,6 @@ pub(crate) fn as_before(origin: &Origin, wanted: &Origin) -> String {
 
 /// The folders that this program fills.
 const KINDS: [&str; 3] = ["codes", "reconstructions", "features"];
-
-/// The names that tempfile gives.
-fn is_temporary(name: &str) -> bool {
-    name.strip_prefix(".tmp")
-        .is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|byte| byte.is_ascii_alphanumeric()))
-}
 
 /// Locks the folder itself; where the system cannot lock a folder, two runs at once are the user's care.
 fn lock(folder: &Path) -> Result<Option<File>> {

@@ -42,7 +42,7 @@ pub mod convert;
 pub mod decoder;
 pub mod encoder;
 pub mod error;
-mod files;
+pub mod files;
 pub mod fusion;
 pub mod image;
 mod inference;

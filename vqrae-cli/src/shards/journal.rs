@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use vqrae::Error;
 use vqrae::codes::shard::{self, Layout, Stats, Tally, Writer};
 use vqrae::codes::{Header, Row};
+use vqrae::files;
 
 /// The rows of a shard that are done.
 pub(crate) struct Journal {
@@ -142,19 +143,7 @@ impl Journal {
     /// The shard's file, whole; its length and hash, and what was counted on the way.
     fn write_shard(&mut self, identity: &Identity) -> Result<((u64, String), Tally)> {
         let path = shard::file(&self.folder, &identity.name, identity.layout);
-        let mut builder = tempfile::Builder::new();
-        let (prefix, suffix) = (format!(".{}.", identity.name), ".tmp");
-        builder.prefix(&prefix).suffix(suffix);
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            // tempfile's own default is 0600, which other users of a data set could not read; the umask still applies.
-            builder.permissions(std::fs::Permissions::from_mode(0o666));
-        }
-        let temporary = builder.tempfile_in(&self.folder)?;
-        // Tells other runs that somebody is still writing it.
-        let _ = temporary.as_file().try_lock();
-
+        let temporary = files::temporary_in(&self.folder)?;
         let mut tally = Tally::new(&identity.header);
         let out = BufWriter::with_capacity(
             1 << 20,
@@ -203,22 +192,15 @@ pub(crate) fn sweep(folder: &Path) -> Result<()> {
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
         let Ok(entry) = entry else { continue };
         let name = entry.file_name();
-        let Some(name) = name.to_str().and_then(|name| name.strip_prefix('.')) else { continue };
-        let left = match name.strip_suffix(".part") {
-            Some(shard) => Stats::path(folder, shard).exists(),
-            None => name.ends_with(".tmp") || name.strip_prefix("tmp").is_some_and(|rest| rest.len() == 6),
-        };
-        let path = entry.path();
-        // Whoever still writes it holds its lock; what `write_whole` writes is not locked, and gone in a moment.
-        let idle = |path: &Path| File::open(path).is_ok_and(|file| file.try_lock().is_ok());
-        let old = entry
-            .metadata()
-            .and_then(|metadata| metadata.modified())
-            .is_ok_and(|modified| modified.elapsed().is_ok_and(|elapsed| elapsed > std::time::Duration::from_secs(60)));
-        let unlocked_kind = name.starts_with("tmp");
-        if left && idle(&path) && (!unlocked_kind || old) {
-            let _ = std::fs::remove_file(path);
+        let shard = name.to_str().and_then(|name| name.strip_prefix('.')?.strip_suffix(".part"));
+        let done = shard.is_some_and(|shard| Stats::path(folder, shard).exists());
+        let idle = || File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok());
+        if !files::sweep(&entry.path()) && done && idle() {
+            let _ = std::fs::remove_file(entry.path());
         }
+    }
+    for entry in walkdir::WalkDir::new(folder.join("reconstructions")).into_iter().filter_map(Result::ok) {
+        files::sweep(entry.path());
     }
     Ok(())
 }
@@ -335,14 +317,14 @@ mod tests {
     fn what_a_killed_run_left_is_swept_and_what_is_written_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let busy = open(folder.path(), 1);
-        std::fs::write(folder.path().join(".00000.abc.tmp"), "half").unwrap();
+        std::fs::write(folder.path().join(".tmpAbc123"), "half").unwrap();
         std::fs::write(folder.path().join(".00001.part"), "not done").unwrap();
         std::fs::write(folder.path().join(".00002.part"), "done").unwrap();
         std::fs::write(folder.path().join("00002_stats.json"), "{}").unwrap();
-        let held = File::create(folder.path().join(".00003.abc.tmp")).unwrap();
+        let held = File::create(folder.path().join(".tmpXyz789")).unwrap();
         held.try_lock().unwrap();
         sweep(folder.path()).unwrap();
-        assert_eq!(listed(folder.path()), [".00000.part", ".00001.part", ".00003.abc.tmp", "00002_stats.json"]);
+        assert_eq!(listed(folder.path()), [".00000.part", ".00001.part", ".tmpXyz789", "00002_stats.json"]);
         drop(busy);
     }
 }

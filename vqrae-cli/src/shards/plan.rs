@@ -219,7 +219,7 @@ impl Plan {
         let path = Self::path(folder);
         let write = || -> Result<()> {
             use std::io::Write as _;
-            let temporary = tempfile::Builder::new().prefix(".plan.").suffix(".tmp").tempfile_in(folder)?;
+            let temporary = vqrae::files::temporary_in(folder)?;
             let mut out = std::io::BufWriter::new(temporary.as_file());
             serde_json::to_writer(&mut out, &self.whole)?;
             for i in 0..self.len() {

@@ -286,7 +286,7 @@ impl Codes {
 }
 
 /// Writes `bytes` to a temporary sibling and renames it to `path`, making folders as needed: no reader ever sees half
-/// a file. A killed process may leave the sibling behind, under the name that tempfile gives: `.tmp` and six letters.
+/// a file. A killed process may leave the sibling behind: see [`files::sweep`].
 pub fn write_whole(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
     let path = path.as_ref();
     if let Some(folder) = path.parent() {
