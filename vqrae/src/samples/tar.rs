@@ -113,11 +113,16 @@ impl Tar {
 /// Adds the samples of an archive of so many bytes, up to where it is damaged.
 fn index(archive: &mut tar::Archive<File>, length: u64, keys: &Keys, samples: &mut Vec<Place>) -> Result<(), String> {
     let after = |count: usize, reason: &dyn std::fmt::Display| format!("damaged after {count} members: {reason}");
-    let (mut key, mut place, mut count) = (String::new(), Place::default(), 0);
+    let (mut key, mut place, mut count, mut end) = (String::new(), Place::default(), 0, 0);
     let mut settle = |place: Place| samples.extend(Some(place).filter(|place| place.image.is_some()));
     let result = (|| {
         for entry in archive.entries_with_seek().map_err(|error| after(count, &error))? {
             let entry = entry.map_err(|error| after(count, &error))?;
+            end = entry
+                .raw_file_position()
+                .saturating_add(entry.size())
+                .checked_next_multiple_of(512)
+                .unwrap_or(u64::MAX);
             let kind = entry.header().entry_type();
             if !(kind.is_file() || kind.is_contiguous()) {
                 continue;
@@ -141,6 +146,10 @@ fn index(archive: &mut tar::Archive<File>, length: u64, keys: &Keys, samples: &m
             } else if place.label.is_none() && is(&keys.label) {
                 place.label = Some(span);
             }
+        }
+        // A block of zeros ends a tar. Without it nothing says that the last member is the last.
+        if length > 0 && end.saturating_add(512) > length {
+            return Err(after(count, &"it ends without the mark of a tar's end, so it may be cut short"));
         }
         Ok(())
     })();
@@ -213,6 +222,10 @@ mod tests {
         let cut = open(&whole[..512 * 8 + 100]);
         assert_eq!(cut.len(), 1);
         assert!(cut.damage().unwrap().contains("damaged after 4 members"), "{:?}", cut.damage());
+        // Between two members nothing is broken, but the end is missing.
+        let cut = open(&whole[..512 * 8]);
+        assert_eq!(cut.len(), 1);
+        assert!(cut.damage().unwrap().contains("after 4 members: it ends without"), "{:?}", cut.damage());
         let cut = open(&whole[..512 * 9 + 1]);
         assert_eq!(cut.len(), 1);
         assert!(cut.damage().unwrap().contains("a/02.PNG is cut short"), "{:?}", cut.damage());

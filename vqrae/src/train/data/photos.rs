@@ -1,13 +1,11 @@
 //! Where photos are: folders, tars, lists of files, and patterns of these.
 
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 use crate::error::{Error, Result};
 use crate::image::{self, Limits, Rgb};
+use crate::samples::{IMAGE_ENDINGS, Keys, Tar};
 
 /// Photos of folders, tars and lists, in a fixed order.
 #[derive(Debug)]
@@ -15,19 +13,16 @@ pub struct Photos {
     /// What was asked for, for messages.
     asked: String,
     entries: Vec<Entry>,
-    tars: Vec<(PathBuf, Mutex<File>)>,
+    tars: Vec<(PathBuf, Tar)>,
 }
 
 #[derive(Debug)]
 enum Entry {
     /// A file of its own.
     File(PathBuf),
-    /// A member of a tar: which tar, the member's name, first byte and length.
-    Member { tar: usize, name: String, range: (u64, u64) },
+    /// A sample of a tar: which tar, and which of its samples.
+    Member { tar: usize, sample: usize },
 }
-
-/// Endings of the files that are taken from a folder or tar.
-const ENDINGS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"];
 
 fn has_ending(path: &Path, endings: &[&str]) -> bool {
     let ending = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
@@ -78,7 +73,7 @@ impl Photos {
                     false => self.entries.push(Entry::File(listed)),
                 }
             }
-        } else if has_ending(path, &ENDINGS) {
+        } else if has_ending(path, &IMAGE_ENDINGS) {
             self.entries.push(Entry::File(path.to_path_buf()));
         } else {
             self.add_tar(path)?;
@@ -87,20 +82,15 @@ impl Photos {
     }
 
     fn add_tar(&mut self, path: &Path) -> Result<()> {
-        let open = || File::open(path).map_err(Error::io(path));
-        let mut archive = tar::Archive::new(open()?);
-        let mut members = Vec::new();
-        for entry in archive.entries_with_seek().map_err(Error::io(path))? {
-            let entry = entry.map_err(Error::io(path))?;
-            let name = entry.path().map_err(Error::io(path))?.into_owned();
-            if entry.header().entry_type().is_file() && has_ending(&name, &ENDINGS) {
-                members.push((name.to_string_lossy().into_owned(), (entry.raw_file_position(), entry.size())));
-            }
+        let tar = Tar::open(path, &Keys::webdataset()).map_err(Error::io(path))?;
+        if let Some(damage) = tar.damage() {
+            return Err(Error::io(path)(std::io::Error::other(damage)));
         }
-        members.sort_by(|a, b| a.0.as_bytes().cmp(b.0.as_bytes()));
-        let tar = self.tars.len();
-        self.tars.push((path.to_path_buf(), Mutex::new(open()?)));
-        self.entries.extend(members.into_iter().map(|(name, range)| Entry::Member { tar, name, range }));
+        let mut samples: Vec<usize> = (0..tar.len()).collect();
+        samples.sort_by(|&a, &b| tar.name(a).as_bytes().cmp(tar.name(b).as_bytes()));
+        let number = self.tars.len();
+        self.tars.push((path.to_path_buf(), tar));
+        self.entries.extend(samples.into_iter().map(|sample| Entry::Member { tar: number, sample }));
         Ok(())
     }
 
@@ -121,23 +111,19 @@ impl Photos {
 
     /// Reads and decodes one.
     pub fn open(&self, index: usize) -> Result<Rgb> {
-        let (tar, range) = match &self.entries[index] {
+        let (tar, sample) = match &self.entries[index] {
             Entry::File(path) => return Ok(image::open(path, &Limits::default())?),
-            Entry::Member { tar, range, .. } => (&self.tars[*tar].1, range),
+            Entry::Member { tar, sample } => (&self.tars[*tar].1, *sample),
         };
-        let mut bytes = vec![0; range.1 as usize];
-        let mut file = tar.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let read = file.seek(SeekFrom::Start(range.0)).and_then(|_| file.read_exact(&mut bytes));
-        drop(file);
-        read.map_err(Error::io(self.path(index)))?;
-        image::decode(&bytes, &Limits::default()).map_err(|kind| self.unusable(index, kind))
+        let read = tar.read(sample).map_err(|reason| Error::io(self.path(index))(std::io::Error::other(reason)))?;
+        image::decode(&read.bytes, &Limits::default()).map_err(|kind| self.unusable(index, kind))
     }
 
     /// A photo's path, that of a tar's member below the tar's.
     pub fn path(&self, index: usize) -> PathBuf {
         match &self.entries[index] {
             Entry::File(path) => path.clone(),
-            Entry::Member { tar, name, .. } => self.tars[*tar].0.join(name),
+            Entry::Member { tar, sample } => self.tars[*tar].0.join(self.tars[*tar].1.name(*sample)),
         }
     }
 
@@ -152,7 +138,7 @@ fn walk(root: &Path, folder: &Path, names: &mut Vec<String>) -> Result<()> {
         let path = entry.map_err(Error::io(folder))?.path();
         if path.is_dir() {
             walk(root, &path, names)?;
-        } else if has_ending(&path, &ENDINGS) {
+        } else if has_ending(&path, &IMAGE_ENDINGS) {
             names.push(path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned());
         }
     }
