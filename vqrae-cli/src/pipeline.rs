@@ -11,6 +11,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Scope, ScopedJoinHandle};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -104,7 +105,7 @@ pub(crate) fn each_batch<T: Send, P: Send, R: Send>(
 /// Tells `write` what the devices made, in the order of the files, and returns how many files were settled.
 fn write_in_order<T, R>(
     events: Receiver<Event<'_, T>>,
-    results: &[Receiver<Result<R>>],
+    results: &[Receiver<(Result<R>, Duration)>],
     progress: &mut Progress,
     mut write: impl FnMut(&mut Progress, &[(&Input, T)], R) -> Result<()>,
 ) -> Result<usize> {
@@ -116,7 +117,8 @@ fn write_in_order<T, R>(
                 settled += 1;
             }
             Event::Batch(device, batch) => match results[device].recv() {
-                Ok(result) => {
+                Ok((result, computed)) => {
+                    progress.computed(computed / results.len() as u32);
                     let skipped = progress.skipped();
                     write(progress, &batch, result?)?;
                     progress.advance(batch.len() - (progress.skipped() - skipped));
@@ -135,7 +137,7 @@ fn write_in_order<T, R>(
 fn spawn_device<'scope, P: Send + 'scope, R: Send + 'scope>(
     scope: &'scope Scope<'scope, '_>,
     mut compute: impl FnMut(P) -> Result<R> + Send + 'scope,
-) -> (SyncSender<P>, Receiver<Result<R>>) {
+) -> (SyncSender<P>, Receiver<(Result<R>, Duration)>) {
     // Nothing waits in it: the next batch lies ready with the thread that puts batches together.
     let (batches, received) = sync_channel::<P>(0);
     let (sender, results) = sync_channel(AHEAD);
@@ -144,9 +146,10 @@ fn spawn_device<'scope, P: Send + 'scope, R: Send + 'scope>(
             if interrupted() {
                 break;
             }
+            let started = Instant::now();
             let result = compute(batch);
             let failed = result.is_err();
-            if sender.send(result).is_err() || failed {
+            if sender.send((result, started.elapsed())).is_err() || failed {
                 break;
             }
         }
@@ -187,7 +190,6 @@ fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
 mod tests {
     use std::path::{Path, PathBuf};
     use std::sync::Mutex;
-    use std::time::Duration;
 
     use anyhow::anyhow;
 

@@ -148,6 +148,8 @@ pub(crate) struct Summary {
     resumed: usize,
     seconds: f64,
     images_per_second: f64,
+    /// How much of the time the devices were computing: the rest, they waited for images or for the disk.
+    busy: f64,
     /// Where: `cpu`, `cuda:0`, `cuda:0,1`.
     device: String,
     /// Of the shards of this process, those that are finished.
@@ -202,6 +204,7 @@ pub(crate) struct Progress {
     skipped: usize,
     resumed: usize,
     max_errors: usize,
+    computed: Duration,
     /// Finished, and in all.
     shards: Option<(usize, usize)>,
     errors: ErrorLog,
@@ -230,6 +233,7 @@ impl Progress {
             skipped: 0,
             resumed,
             max_errors,
+            computed: Duration::ZERO,
             shards: None,
             errors,
             started: now,
@@ -285,6 +289,11 @@ impl Progress {
     /// What happens, with facts for machines.
     fn tell(&self, name: &str, text: &str, facts: Value) {
         self.bar.suspend(|| event(name, text, facts));
+    }
+
+    /// A device computed so long, a share of that where there are several.
+    pub(crate) fn computed(&mut self, time: Duration) {
+        self.computed += time;
     }
 
     /// How many could not be read.
@@ -344,6 +353,7 @@ impl Progress {
             resumed: self.resumed,
             seconds: round(self.started.elapsed().as_secs_f64()),
             images_per_second: round(self.rate()),
+            busy: round(self.computed.as_secs_f64() / self.started.elapsed().as_secs_f64().max(1e-9)),
             device,
             shards: self.shards.map(|(finished, of)| ShardCount { finished, of }),
             quality,
