@@ -255,6 +255,35 @@ fn shards_become_pictures_again() {
 }
 
 #[test]
+fn an_image_may_have_several_rows() {
+    let bench = Bench::with_photos(3);
+    bench.run("tokenize photos -o flip --model model --flip").exits(0);
+    let flipped = rows(&bench, "flip");
+    let views: Vec<_> = flipped[..2].iter().map(|row| (row.key.as_str(), row.view.as_deref())).collect();
+    assert_eq!(views, [("000000000-0", Some("centre")), ("000000000-1", Some("centre-flip"))]);
+    bench.run("tokenize photos -o plain --model model").exits(0);
+    let plain = rows(&bench, "plain");
+    assert!(
+        plain
+            .iter()
+            .zip(flipped.chunks(2))
+            .all(|(plain, pair)| plain.codes == pair[0].codes && pair[0].codes != pair[1].codes)
+    );
+    bench.run("tokenize photos -o ten --model model --ten-crop --crop-range 1.25 --samples-per-shard 2").exits(0);
+    let ten = rows(&bench, "ten");
+    assert_eq!((ten.len(), ten[9].view.as_deref()), (30, Some("centre-flip")));
+    let manifest: Value = serde_json::from_slice(&bench.bytes("ten/manifest.json")).expect("JSON");
+    assert_eq!(manifest["augmentations"], serde_json::json!(["ten-crop-1.25"]));
+    bench.run("verify ten --images photos --model model --ten-crop --crop-range 1.25").exits(0);
+    bench.run("tokenize photos -o ten --model model").exits(1).says(&["this folder holds the work of model"]);
+    bench.run("reconstruct ten -o pictures --model model").exits(0);
+    assert_eq!(bench.tree("pictures/reconstructions").len(), 30);
+    bench.run("tokenize photos -o sizes --model model --resolution 32,64 --flip").exits(0);
+    let sizes = rows(&bench, "sizes");
+    assert_eq!((sizes.len(), sizes[3].view.as_deref(), sizes[3].h), (12, Some("64x64-centre-flip"), 8));
+}
+
+#[test]
 fn what_is_done_is_kept_and_what_changed_is_done_again() {
     let bench = Bench::with_photos(6);
     let line = "tokenize photos -o out --model model --samples-per-shard 2";

@@ -9,6 +9,7 @@ use vqrae::samples::Sample;
 use vqrae::{DType, Device, Tensor, Vqrae};
 
 use crate::alike::Alike;
+use crate::crop::CropArgs;
 use crate::inputs::Input;
 use crate::pipeline::Pace;
 use crate::view::{ImageArgs, View};
@@ -57,8 +58,13 @@ pub(crate) struct Reading {
 impl Reading {
     /// For a model's own device.
     pub(crate) fn new(images: &ImageArgs, model: &Vqrae) -> Result<Self> {
+        Self::of_crops(images, &CropArgs::default(), model)
+    }
+
+    /// The same of several crops of each image.
+    pub(crate) fn of_crops(images: &ImageArgs, crops: &CropArgs, model: &Vqrae) -> Result<Self> {
         let form = if model.device().is_cpu() { Form::Normalised } else { Form::Levels };
-        Ok(Self { views: images.views(model)?, limits: images.limits(), form })
+        Ok(Self { views: crops.of(images.views(model)?)?, limits: images.limits(), form })
     }
 
     /// Decodes one image and prepares it for each view, or says what is wrong with it.
@@ -114,7 +120,7 @@ impl Reading {
     }
 
     fn prepare(&self, image: &Rgb, view: &View) -> Result<(Loaded, Rgb), image::ErrorKind> {
-        let prepared = view.preprocessor.prepare(image)?;
+        let prepared = view.prepare(image)?;
         let size = (prepared.height, prepared.width);
         let pixels = match self.form {
             Form::Normalised => Pixels::Normalised(view.preprocessor.normalize(&prepared)),

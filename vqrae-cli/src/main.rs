@@ -6,6 +6,7 @@
 mod alike;
 mod atlas;
 mod commands;
+mod crop;
 mod device;
 mod figure;
 mod hub;

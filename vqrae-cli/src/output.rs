@@ -19,7 +19,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vqrae::codes::CodeSet;
-use vqrae::image::{Preprocessor, ResizeMode, Rgb};
+use vqrae::image::{ResizeMode, Rgb};
 use vqrae::{Error, Vqrae, codes, files, image};
 use walkdir::WalkDir;
 
@@ -60,19 +60,14 @@ impl Origin {
 
     /// Of files of all these views.
     pub(crate) fn new(model: &Vqrae, views: &[View]) -> Self {
-        let preprocessing: Vec<_> = views.iter().map(|view| preprocessing(&view.preprocessor)).collect();
+        let mut preprocessing: Vec<_> = views.iter().map(View::preprocessing).collect();
+        preprocessing.dedup();
         Self {
             model_id: model.id().to_string(),
             preprocessing: preprocessing.join(", "),
             dtype: model.precision().to_string(),
         }
     }
-}
-
-/// All of the preparation that decides the model's input, the size included.
-pub(crate) fn preprocessing(preprocessor: &Preprocessor) -> String {
-    let (h, w) = preprocessor.size;
-    format!("{h}x{w}-{}", preprocessor.tag())
 }
 
 /// `manifest.json`.
@@ -121,7 +116,7 @@ impl Output {
 
     /// What the files of one view are made by.
     pub(crate) fn origin(&self, view: &View) -> Origin {
-        Origin { preprocessing: preprocessing(&view.preprocessor), ..self.origin.clone() }
+        Origin { preprocessing: view.preprocessing(), ..self.origin.clone() }
     }
 
     /// Where the output for `input` goes: its extension is added to the whole name, so that a.jpg and a.png differ.

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use vqrae::Vqrae;
-use vqrae::image::{Limits, Naflex, Preprocessor, Resample, ResizeMode};
+use vqrae::image::{ErrorKind, Limits, Naflex, Preprocessor, Resample, ResizeMode, Rgb};
+
+use crate::crop::Crop;
 
 /// How an image is prepared for the model; what is not given stays as the model's folder says.
 #[derive(Args, Debug)]
@@ -50,11 +52,15 @@ impl ImageArgs {
             }
         }
         let several = self.resolution.len() > 1;
-        let view =
-            |size: &(usize, usize)| View { preprocessor: own.at(*size), mark: several.then_some(*size), patches };
+        let view = |size: &(usize, usize)| View {
+            preprocessor: own.at(*size),
+            mark: several.then_some(*size),
+            patches,
+            crop: None,
+        };
         if self.resolution.is_empty() {
             model.grid_of(own.size.0, own.size.1).with_context(|| does_not_suit(own.size))?;
-            return Ok(vec![View { preprocessor: own, mark: None, patches }]);
+            return Ok(vec![View { preprocessor: own, mark: None, patches, crop: None }]);
         }
         Ok(self.resolution.iter().map(view).collect())
     }
@@ -77,16 +83,40 @@ pub(crate) struct View {
     /// The resolution asked for, where there are several: it is added to the names of files.
     pub(crate) mark: Option<(usize, usize)>,
     /// Sides of the encoder's patch and of the decoder's.
-    patches: (usize, usize),
+    pub(crate) patches: (usize, usize),
+    /// Which part of the image, where there are several.
+    pub(crate) crop: Option<Crop>,
 }
 
 impl View {
-    /// What a file is named after: `cats/tom.jpg`, where there are several resolutions `cats/tom.jpg@256x256`.
+    /// What tells it from other views of an image: `384x256`, `centre-flip`, `384x256-centre-flip`; nothing where it is the only
+    /// one.
+    pub(crate) fn label(&self) -> Option<String> {
+        let size = self.mark.map(|(h, w)| format!("{h}x{w}"));
+        let parts: Vec<String> = size.into_iter().chain(self.crop.map(|crop| crop.name())).collect();
+        (!parts.is_empty()).then(|| parts.join("-"))
+    }
+
+    /// What a file is named after: `cats/tom.jpg`, where there are several views `cats/tom.jpg@256x256`.
     pub(crate) fn name(&self, relative: &Path) -> PathBuf {
-        let Some((h, w)) = self.mark else { return relative.to_path_buf() };
+        let Some(label) = self.label() else { return relative.to_path_buf() };
         let mut name = relative.as_os_str().to_os_string();
-        name.push(format!("@{h}x{w}"));
+        name.push(format!("@{label}"));
         name.into()
+    }
+
+    /// The image as the model takes it.
+    pub(crate) fn prepare(&self, image: &Rgb) -> Result<Rgb, ErrorKind> {
+        match &self.crop {
+            Some(crop) => crop.prepare(image, &self.preprocessor),
+            None => self.preprocessor.prepare(image),
+        }
+    }
+
+    /// All of the preparation that decides the model's input, size and crop included.
+    pub(crate) fn preprocessing(&self) -> String {
+        let crop = self.crop.map(|crop| format!("+{}-of-{}", crop.name(), crop.range)).unwrap_or_default();
+        format!("{}{crop}", preprocessing(&self.preprocessor))
     }
 
     /// The size (rows, columns) of what the decoder makes of an image of this size.
@@ -94,6 +124,12 @@ impl View {
         let (read, painted) = self.patches;
         (h / read * painted, w / read * painted)
     }
+}
+
+/// All of a preprocessor that decides the model's input, the size included.
+pub(crate) fn preprocessing(preprocessor: &Preprocessor) -> String {
+    let (h, w) = preprocessor.size;
+    format!("{h}x{w}-{}", preprocessor.tag())
 }
 
 fn parse_size(text: &str) -> Result<(usize, usize), String> {

@@ -11,9 +11,9 @@ use vqrae::image::ResizeMode;
 use vqrae::metrics::CodeCounts;
 use vqrae::{Device, Vqrae};
 
-use crate::output::preprocessing;
 use crate::plan;
 use crate::report::{self, Exit};
+use crate::view::preprocessing;
 
 /// Show what a model folder, a code file or a folder of code files holds
 ///

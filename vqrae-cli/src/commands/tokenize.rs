@@ -15,6 +15,7 @@ use vqrae::{Device, Tensor, Vqrae};
 
 use super::{to_images, write_sheet};
 use crate::alike::Alike;
+use crate::crop::CropArgs;
 use crate::device;
 use crate::inputs::Input;
 use crate::load::{Reading, upload};
@@ -44,6 +45,8 @@ pub(crate) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     images: ImageArgs,
+    #[command(flatten)]
+    crops: CropArgs,
     /// How codes are written
     #[arg(long, alias = "output_format", value_enum, default_value_t = CodeFormat::of_build())]
     output_format: CodeFormat,
@@ -83,6 +86,7 @@ Examples:
   vqrae-cli tokenize train-*.parquet -o out --image-key image --label-key label
   vqrae-cli tokenize --files-from list.jsonl -o out --output-format webdataset
   aws s3 cp s3://bucket/00012.tar - | vqrae-cli tokenize - --stdin-name 00012 -o out
+  vqrae-cli tokenize imagenet/train -o out --ten-crop --samples-per-shard 2000
   vqrae-cli tokenize photos -o out --plan
   vqrae-cli tokenize photos -o out --shard-index 3 --num-shards 8
   vqrae-cli tokenize photos -o out --output-format safetensors --resolution 256,384x256";
@@ -145,7 +149,7 @@ type Computed = (Tensor, Option<Tensor>);
 impl Engine {
     fn open(args: &Args) -> Result<Self> {
         let models = args.model.open_all()?;
-        let reading = Reading::new(&args.images, one_kind(&models)?)?;
+        let reading = Reading::of_crops(&args.images, &args.crops, one_kind(&models)?)?;
         Ok(Self { models, reading, reconstruct: args.reconstruct, pace: args.inputs.pace() })
     }
 

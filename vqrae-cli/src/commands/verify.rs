@@ -9,6 +9,7 @@ use vqrae::codes::shard::{Layout, Stats, Tally};
 use vqrae::codes::{CodeSet, Row};
 use vqrae::{Device, Vqrae};
 
+use crate::crop::CropArgs;
 use crate::inputs::{Format, ImageKeys, Input, Kind, Listing, Search};
 use crate::load::{Reading, stack_alike, upload};
 use crate::pipeline::Pace;
@@ -37,6 +38,8 @@ pub(crate) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     view: ImageArgs,
+    #[command(flatten)]
+    crops: CropArgs,
 }
 
 const EXAMPLES: &str = "\
@@ -202,7 +205,7 @@ fn compare(args: &Args, set: &CodeSet, sample: &[Row], findings: &mut Findings) 
             "the codes were computed in {theirs}, here it is {ours}, which may give others; pass --dtype or VQRAE_CPU"
         );
     }
-    let reading = Reading::new(&args.view, &model)?;
+    let reading = Reading::of_crops(&args.view, &args.crops, &model)?;
     let origin = crate::output::Origin::new(&model, &reading.views);
     if header.preprocessing != origin.preprocessing {
         let (theirs, ours) = (&header.preprocessing, &origin.preprocessing);
@@ -262,9 +265,8 @@ fn differs(model: &Vqrae, reading: &Reading, input: &Input, row: &Row) -> Result
         (Some(before), None) => return Ok(Some(format!("can be read now, but could not be: {before}"))),
         (None, Some(now)) => return Ok(Some(format!("cannot be read any more: {now}"))),
     }
-    let view = |view: &crate::view::View| view.mark.map(|(h, w)| format!("{h}x{w}"));
-    let at =
-        reading.views.iter().position(|v| view(v) == row.view).context("a view that these settings do not make")?;
+    let at = reading.views.iter().position(|view| view.label() == row.view);
+    let at = at.context("a view that these settings do not make")?;
     let pace = Pace { workers: 1, batch_size: 1 };
     let pixels = stack_alike(std::iter::once(&mut item.views[at]), model, pace)?;
     let indices =

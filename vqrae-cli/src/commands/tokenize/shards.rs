@@ -78,7 +78,7 @@ fn planned(args: &Args) -> Result<Plan> {
 }
 
 /// What all shards of a run have in common.
-fn manifest(engine: &Engine, plan: &Plan, layout: Layout) -> Result<Manifest> {
+fn manifest(args: &Args, engine: &Engine, plan: &Plan, layout: Layout) -> Result<Manifest> {
     let (model, views) = (engine.model(), &engine.reading.views);
     let fixed = views.iter().all(|view| view.preprocessor.resize_mode != ResizeMode::Naflex);
     let sizes: Vec<_> = views.iter().map(|view| view.preprocessor.size).collect();
@@ -99,6 +99,9 @@ fn manifest(engine: &Engine, plan: &Plan, layout: Layout) -> Result<Manifest> {
         let (h, w) = sizes[0];
         manifest.batch_shape = Some(vec![engine.pace.batch_size, 3, h, w]);
     }
+    manifest.augmentations = args.crops.names();
+    let mut sizes = sizes;
+    sizes.dedup();
     manifest.image_size = match sizes.as_slice() {
         _ if !fixed => None,
         [one] => Some(json!(one)),
@@ -129,7 +132,7 @@ pub(super) fn run(args: &Args, layout: Layout) -> Result<Exit> {
             plan.len()
         ));
     }
-    let manifest = manifest(&engine, &plan, layout)?;
+    let manifest = manifest(args, &engine, &plan, layout)?;
     let folder = Folder::open(&args.inputs.output, manifest, args.if_exists, args.retry_errors)?;
     folder.check_rest(plan.whole.numbered)?;
     catch_interrupts()?;
@@ -365,7 +368,7 @@ fn rows(
         }
         for (v, view) in views.iter().enumerate() {
             let mut row = Row { key: key(i, v), ..item.row.clone() };
-            row.view = view.mark.map(|(h, w)| format!("{h}x{w}"));
+            row.view = view.label();
             if row.error.is_none() {
                 let (indices, painted) = computed.next().context("fewer codes than images")?;
                 set_codes(&mut row, &indices)?;
