@@ -41,8 +41,13 @@ pub(crate) struct Reading {
 impl Reading {
     /// For a model's own device.
     pub(crate) fn new(images: &ImageArgs, model: &Vqrae) -> Result<Self> {
+        Ok(Self::with(images.views(model)?, images.limits(), model))
+    }
+
+    /// For these views.
+    pub(crate) fn with(views: Vec<View>, limits: Limits, model: &Vqrae) -> Self {
         let form = if model.device().is_cpu() { Form::Normalised } else { Form::Levels };
-        Ok(Self { views: images.views(model)?, limits: images.limits(), form })
+        Self { views, limits, form }
     }
 
     /// Decodes one image and prepares it for each view, or says what is wrong with it.
@@ -50,9 +55,14 @@ impl Reading {
         self.each_view(input, |image, view| Ok(self.prepare(image, view)?.0))
     }
 
-    /// [`load`](Self::load), and the same views at the sizes of their reconstructions, to compare with.
+    /// [`load`](Self::load), and the same views at the sizes of their reconstructions, to compare with; of a view that has
+    /// a reference, that.
     pub(crate) fn load_beside(&self, input: &Input) -> Result<Vec<(Loaded, Rgb)>, String> {
         self.each_view(input, |image, view| {
+            if let Some(reference) = &view.reference {
+                let reference = reference.prepare(image)?;
+                return Ok((self.prepare(&reference, view)?.0, reference));
+            }
             let (loaded, prepared) = self.prepare(image, view)?;
             let painted = view.painted(loaded.size);
             let same = painted == loaded.size;

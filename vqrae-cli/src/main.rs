@@ -23,7 +23,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{bench, cache, codebook, convert, features, init, inspect, reconstruct, tokenize, train};
+use crate::commands::{bench, cache, codebook, convert, eval, features, init, inspect, reconstruct, tokenize, train};
 use crate::report::Exit;
 
 /// Turn photos into codes and codes into photos
@@ -43,6 +43,7 @@ Results go to stdout, everything else to stderr.";
 enum Command {
     Tokenize(tokenize::Args),
     Reconstruct(reconstruct::Args),
+    Eval(eval::Args),
     Features(features::Args),
     Inspect(inspect::Args),
     Codebook(codebook::Args),
@@ -66,6 +67,7 @@ fn run(command: Command) -> anyhow::Result<Exit> {
     match command {
         Command::Tokenize(args) => tokenize::execute(args),
         Command::Reconstruct(args) => reconstruct::execute(args),
+        Command::Eval(args) => eval::execute(args),
         Command::Features(args) => features::execute(args),
         Command::Inspect(args) => inspect::execute(args),
         Command::Codebook(args) => codebook::execute(args),

@@ -50,6 +50,11 @@ impl ModelArgs {
         self.devices.device.open_all()?.iter().map(|device| self.open_on(device)).collect()
     }
 
+    /// The device alone, where no model is wanted.
+    pub(crate) fn device(&self) -> Result<Device> {
+        self.devices.device.open_one()
+    }
+
     fn open_on(&self, device: &Device) -> Result<Vqrae> {
         let dtype = self.dtype.on(device)?;
         match &self.model {
@@ -218,6 +223,11 @@ pub(crate) fn find_codes(words: &[PathBuf], output: &Path) -> Result<Inputs> {
     let mut seen = HashSet::new();
     inputs.files.retain(|file| seen.insert(file.path.canonicalize().unwrap_or_else(|_| file.path.clone())));
     Ok(inputs)
+}
+
+/// The images that some words name, beside those of [`FileArgs`].
+pub(crate) fn find_images(words: &[PathBuf], output: &Path) -> Result<Inputs> {
+    find(words, Kind::Images, output)
 }
 
 fn find(words: &[PathBuf], kind: Kind, output: &Path) -> Result<Inputs> {
