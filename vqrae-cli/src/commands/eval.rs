@@ -37,17 +37,18 @@ use crate::view::ImageArgs;
 
 /// Measure reconstructions: a model's of photos, or one folder of images against another
 ///
-/// PSNR, SSIM and MS-SSIM always; LPIPS and rFID with the files of their networks; with a model also codes in use,
-/// perplexity and bits per pixel. The protocol (resize, crop, rounding, data range, reference, the FID's input) is printed
-/// beside the figures. Writes
+/// PSNR, SSIM and MS-SSIM always; LPIPS and rFID with the files of their networks; with a model
+/// also codes in use, perplexity and bits per pixel. The protocol (resize, crop, rounding, data
+/// range, reference, the FID's input) is printed beside the figures. Writes
 ///
 ///   OUT/eval.json     the protocol, all figures, and those of every image, the worst first
-///   OUT/report.html   the same as a page that needs nothing else: histograms, the worst images, a sample, a table to sort
+///   OUT/report.html   the same as a page that needs no other file: histograms, the worst
+///                     images, a sample, a table to sort
 ///   OUT/worst.png     the worst images: original, reconstruction, error (x4)
 ///   OUT/errors/       with --error-maps: the error of every image, <path>.png
 ///
-/// Two folders are paired by relative path, or by it up to the extension: a.jpg with a.png, or with a.jpg.png. Images without
-/// a partner are named and counted as files that could not be read.
+/// Two folders are paired by relative path, or by it up to the extension: a.jpg with a.png, or
+/// with a.jpg.png. Images without a partner are named and counted as files that could not be read.
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES, verbatim_doc_comment)]
 #[command(mut_arg("inputs", |arg| arg.required(false).required_unless_present("reference")))]

@@ -173,7 +173,8 @@ mod tests {
     fn statistics(rows: &[[f32; 2]], portion: usize) -> Statistics {
         let mut statistics = Statistics::new(2);
         for rows in rows.chunks(portion) {
-            statistics.add(&Tensor::new(rows, &Device::Cpu).unwrap()).unwrap();
+            let rows = Tensor::from_vec(rows.concat(), (rows.len(), 2), &Device::Cpu).unwrap();
+            statistics.add(&rows).unwrap();
         }
         statistics
     }

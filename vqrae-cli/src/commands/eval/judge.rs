@@ -50,6 +50,11 @@ impl Metric {
     }
 
     /// For people.
+    pub(crate) fn name(self) -> &'static str {
+        if self == Self::Psnr { "PSNR" } else { self.label() }
+    }
+
+    /// The same with its unit.
     pub(crate) fn label(self) -> &'static str {
         match self {
             Self::Psnr => "PSNR, dB",

@@ -21,9 +21,9 @@ const ROWS: usize = 2000;
 const THUMBNAIL: usize = 256;
 
 /// Of the pictures' JPEGs: high, so that their own errors are not taken for the model's.
-const QUALITY: u8 = 92;
+const QUALITY: u8 = 90;
 
-/// Bars of a histogram.
+/// Bars of a histogram at most; of few images there are fewer.
 const BINS: usize = 32;
 
 const STYLE: &str = include_str!("page.css");
@@ -53,9 +53,9 @@ pub(crate) fn html(outcome: &Outcome) -> Result<String> {
     page += "<section>\n<h2>How the images spread</h2>\n<div class=\"plots\">\n";
     outcome.spreads.iter().filter(|spread| !spread.values.is_empty()).for_each(|spread| page += &plot(spread));
     page += "</div>\n</section>\n";
-    let label = outcome.worst_by.label();
+    let worst_by = outcome.worst_by.name();
     let gallery = &outcome.gallery;
-    let heading = format!("The {} worst by {label}", gallery.worst.len());
+    let heading = format!("The {} worst by {worst_by}", gallery.worst.len());
     pairs(&mut page, "worst", &heading, &gallery.worst, &outcome.metrics())?;
     let heading = format!("A sample of {}, evenly spread over the images", gallery.sample.len());
     pairs(&mut page, "sample", &heading, &gallery.sample, &outcome.metrics())?;
@@ -117,8 +117,10 @@ fn protocol(page: &mut String, outcome: &Outcome) {
 }
 
 fn plot(spread: &Spread) -> String {
-    let bars = histogram(&spread.values, BINS);
-    let highest = bars.iter().map(|bar| bar.2).fold(1.0, f64::max);
+    let bins = 2 * (spread.values.len() as f64).sqrt().ceil() as usize;
+    let bars = histogram(&spread.values, bins.clamp(8, BINS));
+    // Below five the ticks would be parts of an image.
+    let highest = bars.iter().map(|bar| bar.2).fold(5.0, f64::max);
     let (low, high) = (bars.first().map_or(0.0, |bar| bar.0), bars.last().map_or(1.0, |bar| bar.1));
     let decimals = spread.metric.decimals();
     let mean = spread.mean().unwrap_or_default();
@@ -144,7 +146,7 @@ fn pairs(page: &mut String, class: &str, heading: &str, shown: &[Shown], metrics
             let _ = write!(page, "<img alt=\"{name}\" title=\"{name}\" src=\"{picture}\">");
         }
         let figures: Vec<_> =
-            metrics.iter().map(|&metric| format!("{} {}", metric.label(), text(&shown.record, metric))).collect();
+            metrics.iter().map(|&metric| format!("{} {}", metric.name(), text(&shown.record, metric))).collect();
         let _ = writeln!(
             page,
             "</div>\n<figcaption><span class=\"path\">{}</span> {}</figcaption>\n</figure>",

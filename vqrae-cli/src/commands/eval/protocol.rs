@@ -148,9 +148,25 @@ impl Protocol {
     }
 }
 
-/// A preparation in words.
+/// A preparation in words, and as manifests have it.
 pub(crate) fn words(preprocessor: &Preprocessor) -> String {
-    preprocessing(preprocessor)
+    let (height, width) = preprocessor.size;
+    let (filter, tag) = (preprocessor.resample, preprocessing(preprocessor));
+    let by = format!("{filter}, antialiased");
+    let words = match preprocessor.resize_mode {
+        _ if !preprocessor.do_resize => "not resized".to_string(),
+        ResizeMode::Squash => format!("both sides to {width}x{height} ({by})"),
+        ResizeMode::CenterCrop => {
+            let short = preprocessor.shortest_edge.unwrap_or(width.max(height));
+            format!("short side to {short} ({by}), centre crop {width}x{height}")
+        }
+        ResizeMode::AdmCrop => {
+            format!("ADM's centre crop {width}x{height} (halved by box while it can be, then bicubic, antialiased)")
+        }
+        ResizeMode::Pad => format!("whole inside {width}x{height} ({by}), centred on white"),
+        ResizeMode::Naflex => format!("each image its own size, in whole patches ({by})"),
+    };
+    format!("{words}; {tag}")
 }
 
 /// Decoded pixels `[B, 3, H, W]` as 8-bit images.
