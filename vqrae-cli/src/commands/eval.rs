@@ -327,7 +327,8 @@ fn read_pair(
         }
     };
     let original = pairs.originals.get(&input.relative).ok_or("has no original")?;
-    let (original, image) = (open(original)?, open(input)?);
+    let named = |reason| format!("its original, {}: {reason}", original.path.display());
+    let (original, image) = (open(original).map_err(named)?, open(input)?);
     if (original.width, original.height) != (image.width, image.height) {
         return Err(format!(
             "is {}x{}, but its original {}x{}; bring both to one size by --protocol or --resolution",
