@@ -9,7 +9,6 @@ mod protocol;
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
@@ -156,7 +155,7 @@ impl Bench {
         })
     }
 
-    fn add(&mut self, inputs: &[&Input], pairs: &[Pair]) -> Result<()> {
+    fn add(&mut self, inputs: &[&Input], pairs: &[&Pair]) -> Result<()> {
         let first = self.judge.records.len();
         self.judge.add(inputs.iter().map(|input| input.source()).collect(), pairs)?;
         for (record, pair) in self.judge.records[first..].iter().zip(pairs) {
@@ -209,7 +208,7 @@ fn of_model(args: &Args) -> Result<Exit> {
     let protocol = preset.protocol(resize_of(&reading), args.fid_input.map(FidInput::from))?;
     let rounding = protocol.rounding;
     let mut bench = Bench::new(args, &protocol, model.device(), inputs.files.len())?;
-    let codes = Mutex::new(Codes::new(CodeCounts::new(model.codebook_size(), model.codes_per_token())));
+    let mut codes = Codes::new(CodeCounts::new(model.codebook_size(), model.codes_per_token()));
 
     let mut progress = begin(&args.files, args.output.join("errors.jsonl"), inputs.files.len(), 0, &inputs.unreadable)?;
     let pace = args.files.pace();
@@ -232,7 +231,6 @@ fn of_model(args: &Args) -> Result<Exit> {
             let images = to_levels(&decoded, &view.preprocessor, rounding)?;
             Ok(codes.into_iter().zip(images).collect())
         };
-        let mut codes = codes.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let (mut inputs, mut pairs) = (Vec::new(), Vec::new());
         for ((input, views), (indices, image)) in batch.iter().zip(made.into_items(split)?) {
             let Some((_, original)) = views.first() else { continue };
@@ -241,10 +239,9 @@ fn of_model(args: &Args) -> Result<Exit> {
             inputs.push(*input);
             pairs.push((original.clone(), image));
         }
-        bench.add(&inputs, &pairs)
+        bench.add(&inputs, &pairs.iter().collect::<Vec<_>>())
     };
     let exit = each_batch(&inputs.files, pace, &mut progress, read, prepare, vec![compute], write)?;
-    let codes = codes.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     let subject = Subject::Model { id: model.id().to_string(), dtype: model.precision().to_string() };
     let device = device::name(model.device());
     bench.finish(args, (progress, exit), device, (protocol, subject, Some(codes)))
@@ -298,9 +295,8 @@ fn of_folders(args: &Args) -> Result<Exit> {
     let mut progress = begin(&args.files, args.output.join("errors.jsonl"), total, 0, &unreadable)?;
     let limits = args.view.limits();
     let read = |input: &Input| read_pair(input, &pairs, preparation.as_ref(), &limits);
-    let write = |batch: &[(&Input, Mutex<Option<Pair>>)], ()| {
-        let taken = batch.iter().filter_map(|(input, pair)| Some((*input, lock(pair).take()?)));
-        let (inputs, pairs): (Vec<&Input>, Vec<Pair>) = taken.unzip();
+    let write = |batch: &[(&Input, Pair)], ()| {
+        let (inputs, pairs): (Vec<&Input>, Vec<&Pair>) = batch.iter().map(|(input, pair)| (*input, pair)).unzip();
         bench.add(&inputs, &pairs)
     };
     let pace = args.files.pace();
@@ -308,17 +304,13 @@ fn of_folders(args: &Args) -> Result<Exit> {
     bench.finish(args, (progress, exit), device::name(&device), (protocol, Subject::Folders, None))
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// An image and its original, of one size; in a box, from which they are taken out rather than copied.
+/// An image's original and the image, of one size.
 fn read_pair(
     input: &Input,
     pairs: &Pairs,
     preparation: Option<&Preprocessor>,
     limits: &Limits,
-) -> Result<Mutex<Option<Pair>>, String> {
+) -> Result<Pair, String> {
     let open = |input: &Input| {
         let image = image::open(&input.path, limits).map_err(|error| error.to_string())?;
         match preparation {
@@ -335,5 +327,5 @@ fn read_pair(
             image.width, image.height, original.width, original.height
         ));
     }
-    Ok(Mutex::new(Some((original, image))))
+    Ok((original, image))
 }

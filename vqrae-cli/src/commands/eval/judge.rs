@@ -161,8 +161,8 @@ impl Judge {
     }
 
     /// Measures pairs, whose images have these relative paths.
-    pub(crate) fn add(&mut self, paths: Vec<String>, pairs: &[Pair]) -> Result<()> {
-        let plain = |(a, b): &Pair| [metrics::psnr(a, b), metrics::ssim(a, b), metrics::ms_ssim(a, b)];
+    pub(crate) fn add(&mut self, paths: Vec<String>, pairs: &[&Pair]) -> Result<()> {
+        let plain = |(a, b): &&Pair| [metrics::psnr(a, b), metrics::ssim(a, b), metrics::ms_ssim(a, b)];
         let plain: Vec<_> = pairs.par_iter().map(plain).collect();
         let vgg = self.lpips(self.networks.vgg.as_ref(), Backbone::Vgg16, pairs)?;
         let alex = self.lpips(self.networks.alex.as_ref(), Backbone::Alex, pairs)?;
@@ -174,11 +174,11 @@ impl Judge {
         Ok(())
     }
 
-    fn lpips(&self, network: Option<&Lpips>, backbone: Backbone, pairs: &[Pair]) -> Result<Vec<Option<f64>>> {
+    fn lpips(&self, network: Option<&Lpips>, backbone: Backbone, pairs: &[&Pair]) -> Result<Vec<Option<f64>>> {
         let Some(network) = network else { return Ok(vec![None; pairs.len()]) };
-        let size = |(original, _): &Pair| (original.height, original.width);
+        let size = |(original, _): &&Pair| (original.height, original.width);
         let most = pairs.iter().map(|pair| size(pair).0 * size(pair).1).max().unwrap_or(1);
-        let measure = |alike: &[&Pair]| {
+        let measure = |alike: &[&&Pair]| {
             let (h, w) = size(alike[0]);
             if h.min(w) < backbone.least_side() {
                 return Ok(vec![None; alike.len()]);
@@ -199,7 +199,7 @@ impl Judge {
         Ok(vqrae::ops::pixels(&bytes, &Tensor::from_vec(levels, (3, 256), &self.device)?)?)
     }
 
-    fn add_features(&mut self, pairs: &[Pair]) -> Result<()> {
+    fn add_features(&mut self, pairs: &[&Pair]) -> Result<()> {
         let (Some((inception, input)), Some([of_originals, of_images])) =
             (&self.networks.inception, &mut self.features)
         else {
