@@ -88,6 +88,32 @@ mod tests {
     }
 
     #[test]
+    fn the_worst_and_a_sample_are_kept_of_many() {
+        const TOTAL: usize = 1000;
+        let mut gallery = Gallery::new(Metric::Psnr, 5, TOTAL);
+        let psnr = |i: usize| (i * 389 % TOTAL) as f64;
+        for i in 0..TOTAL {
+            let record = Record::with_psnr(&format!("{i:04}"), psnr(i));
+            gallery.offer(&record, &(plain(2, 2), plain(2, 2))).expect("a pair");
+        }
+        let of = |shown: &[Shown]| shown.iter().map(|shown| shown.record.clone()).collect::<Vec<_>>();
+        let worst: Vec<_> = of(&gallery.worst).iter().map(|record| record.get(Metric::Psnr)).collect();
+        assert_eq!(worst, [0.0, 1.0, 2.0, 3.0, 4.0].map(Some));
+        let sample = of(&gallery.sample);
+        assert_eq!(sample.len(), SAMPLE);
+        assert_eq!((sample[0].path.as_str(), sample[1].path.as_str()), ("0000", "0084"));
+    }
+
+    #[test]
+    fn equally_bad_ones_come_by_path_whatever_their_order() {
+        let mut gallery = Gallery::new(Metric::Psnr, 2, 3);
+        for path in ["c", "a", "b"] {
+            gallery.offer(&Record::with_psnr(path, 7.0), &(plain(1, 1), plain(1, 1))).expect("a pair");
+        }
+        assert_eq!([0, 1].map(|i| gallery.worst[i].record.path.clone()), ["a", "b"]);
+    }
+
+    #[test]
     fn what_is_kept_is_small_and_keeps_its_shape() {
         let small = fit(&plain(1000, 200), 512).expect("an image");
         assert_eq!((small.width, small.height), (512, 102));

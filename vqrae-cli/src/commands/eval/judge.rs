@@ -106,6 +106,14 @@ impl Record {
     }
 }
 
+#[cfg(test)]
+impl Record {
+    /// With this figure alone.
+    pub(crate) fn with_psnr(path: &str, psnr: f64) -> Self {
+        Self { path: path.to_string(), values: [Some(psnr), None, None, None, None] }
+    }
+}
+
 /// The networks that were given.
 #[derive(Default)]
 pub(crate) struct Networks {
