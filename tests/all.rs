@@ -13,6 +13,7 @@ mod gradients;
 mod image;
 mod inference;
 mod invariance;
+mod metrics;
 mod model;
 mod ops;
 mod pairs;

@@ -1,6 +1,7 @@
 //! The binary on temporary folders: what it writes, what it says, and how it ends.
 
 mod devices;
+mod eval;
 mod resolutions;
 mod shards;
 

@@ -251,7 +251,7 @@ pub(crate) fn histogram(values: &[f64], bins: usize) -> Vec<(f64, f64, f64)> {
     counts.into_iter().enumerate().map(|(i, count)| (edge(i), edge(i + 1), count)).collect()
 }
 
-fn escaped(text: &str) -> String {
+pub(crate) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 

@@ -63,8 +63,13 @@ impl Reading {
 
     /// The same of several crops of each image.
     pub(crate) fn of_crops(images: &ImageArgs, crops: &CropArgs, model: &Vqrae) -> Result<Self> {
+        Ok(Self::with(crops.of(images.views(model)?)?, images.limits(), model))
+    }
+
+    /// For these views.
+    pub(crate) fn with(views: Vec<View>, limits: Limits, model: &Vqrae) -> Self {
         let form = if model.device().is_cpu() { Form::Normalised } else { Form::Levels };
-        Ok(Self { views: crops.of(images.views(model)?)?, limits: images.limits(), form })
+        Self { views, limits, form }
     }
 
     /// Decodes one image and prepares it for each view, or says what is wrong with it.
@@ -95,9 +100,14 @@ impl Reading {
         self.views.iter().map(load).collect::<Result<_, image::ErrorKind>>().map_err(|error| error.to_string())
     }
 
-    /// [`load`](Self::load), and the same views at the sizes of their reconstructions, to compare with.
+    /// [`load`](Self::load), and the same views at the sizes of their reconstructions, to compare with; of a view that has
+    /// a reference, that.
     pub(crate) fn load_beside(&self, input: &Input) -> Result<Vec<(Loaded, Rgb)>, String> {
         self.each_view(input, |image, view| {
+            if let Some(reference) = &view.reference {
+                let reference = reference.prepare(image)?;
+                return Ok((self.prepare(&reference, view)?.0, reference));
+            }
             let (loaded, prepared) = self.prepare(image, view)?;
             let painted = view.painted(loaded.size);
             let same = painted == loaded.size;

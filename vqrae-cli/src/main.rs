@@ -26,7 +26,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{bench, cache, codebook, convert, features, init, inspect, reconstruct, tokenize, train, verify};
+use crate::commands::{
+    bench, cache, codebook, convert, eval, features, init, inspect, reconstruct, tokenize, train, verify,
+};
 use crate::report::{Exit, LogFormat};
 
 /// Turn photos into codes and codes into photos
@@ -50,6 +52,7 @@ enum Command {
     Tokenize(tokenize::Args),
     Verify(verify::Args),
     Reconstruct(reconstruct::Args),
+    Eval(eval::Args),
     Features(features::Args),
     Inspect(inspect::Args),
     Codebook(codebook::Args),
@@ -76,6 +79,7 @@ fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Tokenize(args) => tokenize::execute(args),
         Command::Verify(args) => verify::execute(args),
         Command::Reconstruct(args) => reconstruct::execute(args),
+        Command::Eval(args) => eval::execute(args),
         Command::Features(args) => features::execute(args),
         Command::Inspect(args) => inspect::execute(args),
         Command::Codebook(args) => codebook::execute(args),

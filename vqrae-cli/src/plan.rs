@@ -48,6 +48,11 @@ impl ModelArgs {
         self.devices.device.open_all()?.iter().map(|device| self.open_on(device)).collect()
     }
 
+    /// The device alone, where no model is wanted.
+    pub(crate) fn device(&self) -> Result<Device> {
+        self.devices.device.open_one()
+    }
+
     fn open_on(&self, device: &Device) -> Result<Vqrae> {
         let dtype = self.dtype.on(device)?;
         match &self.model {
@@ -201,4 +206,12 @@ pub(crate) fn find_codes(words: &[PathBuf], output: &Path) -> Result<Inputs> {
     let mut inputs = listing.expand(kind, &ImageKeys::default(), output)?;
     each_once(&mut inputs);
     Ok(inputs)
+}
+
+/// The images that some words name, beside those of [`FileArgs`].
+pub(crate) fn find_images(words: &[PathBuf], output: &Path) -> Result<Inputs> {
+    let (format, kind) = (Format::Auto, Kind::Images);
+    let listing = Listing::of(&Search { words, files_from: None, nul: false, format, kind, output })?;
+    listing.refuse_same_names()?;
+    listing.expand(kind, &ImageKeys::default(), &std::env::temp_dir())
 }

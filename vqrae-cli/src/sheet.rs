@@ -40,7 +40,7 @@ pub(crate) fn paste(sheet: &mut Rgb, image: &Rgb, x: usize, y: usize) {
 }
 
 /// The mean absolute difference of the channels, from black through red and yellow to white.
-fn error_map(a: &Rgb, b: &Rgb) -> Rgb {
+pub(crate) fn error_map(a: &Rgb, b: &Rgb) -> Rgb {
     let pixels = a.data.as_chunks::<3>().0.iter().zip(b.data.as_chunks::<3>().0);
     let heat = |(a, b): (&[u8; 3], &[u8; 3])| {
         let sum: u32 = a.iter().zip(b).map(|(&a, &b)| u32::from(a.abs_diff(b))).sum();

@@ -55,14 +55,46 @@ impl ImageArgs {
         let view = |size: &(usize, usize)| View {
             preprocessor: own.at(*size),
             mark: several.then_some(*size),
+            reference: None,
             patches,
             crop: None,
         };
         if self.resolution.is_empty() {
             model.grid_of(own.size.0, own.size.1).with_context(|| does_not_suit(own.size))?;
-            return Ok(vec![View { preprocessor: own, mark: None, patches, crop: None }]);
+            return Ok(vec![View { preprocessor: own, mark: None, reference: None, patches, crop: None }]);
         }
         Ok(self.resolution.iter().map(view).collect())
+    }
+
+    /// Whether the command line says anything of size, mode or filter.
+    pub(crate) fn says_anything(&self) -> bool {
+        !self.resolution.is_empty() || self.resize_mode.is_some() || self.resample.is_some()
+    }
+
+    /// Images prepared by `reference` first, then brought to the model's own size whatever its mode.
+    pub(crate) fn by_way_of(&self, reference: Preprocessor, model: &Vqrae) -> Result<View> {
+        let encoder = &model.config().encoder;
+        let patches = (encoder.patch(), model.config().decoder.sizes(encoder).patch);
+        let own = Preprocessor { resample: Resample::Bicubic, do_resize: true, ..model.preprocessor().clone() };
+        let preprocessor = own.by(ResizeMode::Squash, patches.0);
+        model.grid_of(preprocessor.size.0, preprocessor.size.1).with_context(|| does_not_suit(preprocessor.size))?;
+        Ok(View { preprocessor, mark: None, reference: Some(reference), patches, crop: None })
+    }
+
+    /// What the command line says by itself, where there is no model: `None` where it says nothing.
+    pub(crate) fn without_model(&self) -> Result<Option<Preprocessor>> {
+        if !self.says_anything() {
+            return Ok(None);
+        }
+        let (&[(height, width)], mode) = (self.resolution.as_slice(), self.resize_mode) else {
+            bail!("without a model one --resolution is wanted, with --resize-mode and --resample if need be");
+        };
+        if mode == Some(ResizeMode::Naflex) {
+            bail!("--resize-mode naflex keeps to a model's patches; without a model choose another");
+        }
+        let resample = self.resample.map_or(Resample::Bicubic, Resample::from);
+        let squash = Preprocessor { size: (height, width), ..Preprocessor::siglip(height, resample) };
+        Ok(Some(Preprocessor { resize_mode: mode.unwrap_or(ResizeMode::CenterCrop), ..squash }))
     }
 
     pub(crate) fn limits(&self) -> Limits {
@@ -82,6 +114,9 @@ pub(crate) struct View {
     pub(crate) preprocessor: Preprocessor,
     /// The resolution asked for, where there are several: it is added to the names of files.
     pub(crate) mark: Option<(usize, usize)>,
+    /// What images are prepared by before, and reconstructions are compared with the result of; without it, with the
+    /// model's view.
+    pub(crate) reference: Option<Preprocessor>,
     /// Sides of the encoder's patch and of the decoder's.
     pub(crate) patches: (usize, usize),
     /// Which part of the image, where there are several.

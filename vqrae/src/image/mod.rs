@@ -218,6 +218,22 @@ pub fn save_png(path: &Path, image: &Rgb) -> Result<(), Error> {
     write_png(path, image).map_err(|source| Error::Unwritable { path: path.into(), source })
 }
 
+/// A JPEG of a quality from 1 to 100, for a page or a preview: no code is ever made of it.
+///
+/// # Errors
+/// If the image has no pixels, or more on a side than a JPEG can have.
+pub fn encode_jpeg(image: &Rgb, quality: u8) -> io::Result<Vec<u8>> {
+    image.check().map_err(io::Error::other)?;
+    let too_large = |_| io::Error::other("a JPEG has at most 65,535 pixels a side");
+    let width = u16::try_from(image.width).map_err(too_large)?;
+    let height = u16::try_from(image.height).map_err(too_large)?;
+    let mut bytes = Vec::new();
+    ::image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, quality.clamp(1, 100))
+        .write_image(&image.data, width.into(), height.into(), ::image::ExtendedColorType::Rgb8)
+        .map_err(io::Error::other)?;
+    Ok(bytes)
+}
+
 fn write_png(path: &Path, image: &Rgb) -> io::Result<()> {
     image.check().map_err(io::Error::other)?;
     let mut bytes = Vec::new();

@@ -63,6 +63,21 @@ const ALEX: &[Layer] = &[
 ];
 
 impl Backbone {
+    /// The smallest side of an image, in pixels, that can be pooled as often.
+    pub fn least_side(self) -> usize {
+        match self {
+            Self::Vgg16 => 16,
+            Self::Alex => 31,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Vgg16 => "VGG16",
+            Self::Alex => "AlexNet",
+        }
+    }
+
     fn layers(self) -> &'static [Layer] {
         match self {
             Self::Vgg16 => VGG16,
@@ -122,12 +137,12 @@ impl Lpips {
     /// The features of each tap, `[B, C, h, w]`, of images in −1..1, `[B, 3, H, W]`.
     ///
     /// # Errors
-    /// If the images are too small to be pooled as often: under 16 pixels a side for VGG16, 31 for AlexNet.
+    /// If the images are too small to be pooled as often ([`Backbone::least_side`]).
     pub fn features(&self, images: &Tensor) -> Result<Vec<Tensor>> {
         let mut x = images.broadcast_sub(&self.shift)?.broadcast_div(&self.scale)?;
         let (mut convolutions, mut taps) = (self.convolutions.iter(), Vec::new());
         let small = |e: candle_core::Error| {
-            let (least, name) = if self.backbone == Backbone::Vgg16 { (16, "VGG16") } else { (31, "AlexNet") };
+            let (least, name) = (self.backbone.least_side(), self.backbone.name());
             e.context(format!(
                 "LPIPS of {name} wants images of at least {least} pixels a side, got: {:?}",
                 images.dims()

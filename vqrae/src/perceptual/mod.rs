@@ -1,12 +1,15 @@
-//! What two images differ in to a network that has learnt to see: LPIPS, and the logits of a classifier.
+//! What images are to a network that has learnt to see: LPIPS and the logits of a classifier, in which two images differ, and
+//! Inception's features, in which two sets of images do.
 //!
-//! Both are terms of the training loss and measures of a reconstruction. Their networks are frozen, and gradients flow to
+//! The first two are terms of the training loss and measures of a reconstruction. Their networks are frozen, and gradients flow to
 //! the images alone. Weights are files that this repository does not carry; the scripts beside `weights/README.md` make them.
 
 mod convnext;
+mod inception;
 mod lpips;
 
 pub use convnext::ConvNext;
+pub use inception::{FidInput, Inception};
 pub use lpips::{Backbone, Lpips};
 
 use std::path::Path;

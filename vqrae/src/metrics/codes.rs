@@ -1,19 +1,6 @@
-//! How good a reconstruction is, and how much of a codebook is in use.
+//! How much of a codebook is in use.
 
 use std::collections::BTreeMap;
-
-use crate::image::Rgb;
-
-/// Peak signal-to-noise ratio in dB of two 8-bit images of the same size: `10 log10(255² / MSE)` over all pixels and
-/// channels; infinite when they are equal, `None` when their sizes differ.
-pub fn psnr(a: &Rgb, b: &Rgb) -> Option<f64> {
-    if (a.width, a.height) != (b.width, b.height) || a.data.is_empty() {
-        return None;
-    }
-    let squared = |(&x, &y): (&u8, &u8)| u64::from(x.abs_diff(y)).pow(2);
-    let sum: u64 = a.data.iter().zip(&b.data).map(squared).sum();
-    Some(10.0 * (255.0f64.powi(2) * a.data.len() as f64 / sum as f64).log10())
-}
 
 /// How often each code of one or several codebooks was chosen. Memory grows with the codes in use, not with K.
 #[derive(Debug, Clone)]
@@ -57,6 +44,12 @@ impl CodeCounts {
         chosen as f64 / (self.k * self.codebooks.len()).max(1) as f64
     }
 
+    /// Entropy of a code in bits: what an ideal entropy coder that knows the counts spends on one; of several codebooks the
+    /// mean.
+    pub fn bits(&self) -> f64 {
+        self.perplexity().log2()
+    }
+
     /// `exp` of the entropy of the codes: K when all are chosen equally often, 1 when it is always the same; of several
     /// codebooks the geometric mean.
     pub fn perplexity(&self) -> f64 {
@@ -73,24 +66,13 @@ fn entropy(counts: &BTreeMap<u32, u64>) -> f64 {
 mod tests {
     use super::*;
 
-    fn grey(values: [u8; 4]) -> Rgb {
-        Rgb { width: 2, height: 2, data: values.iter().flat_map(|&v| [v; 3]).collect() }
-    }
-
-    #[test]
-    fn psnr_by_hand() {
-        // skimage.metrics.peak_signal_noise_ratio: MSE = (0 + 9 + 16 + 0) / 4 = 6.25
-        let psnr = psnr(&grey([10, 20, 30, 40]), &grey([10, 23, 26, 40])).unwrap();
-        assert!((psnr - 40.1721).abs() < 1e-4, "{psnr}");
-        assert_eq!(super::psnr(&grey([1; 4]), &grey([1; 4])), Some(f64::INFINITY));
-    }
-
     #[test]
     fn usage_and_perplexity_by_hand() {
         let mut counts = CodeCounts::new(4, 1);
         counts.add(&[0, 0, 1, 1, 9]);
         assert_eq!(counts.usage(), 0.5);
         assert!((counts.perplexity() - 2.0).abs() < 1e-12);
+        assert!((counts.bits() - 1.0).abs() < 1e-12);
         assert_eq!(CodeCounts::new(4, 1).perplexity(), 1.0);
     }
 
