@@ -1,6 +1,7 @@
 //! The binary on temporary folders: what it writes, what it says, and how it ends.
 
 mod devices;
+mod export;
 mod resolutions;
 
 use std::collections::BTreeMap;
@@ -32,8 +33,13 @@ struct Run {
 }
 
 impl Bench {
+    /// Without the model.
+    fn empty() -> Self {
+        Self { folder: tempfile::tempdir().expect("a temporary folder") }
+    }
+
     fn new() -> Self {
-        let bench = Self { folder: tempfile::tempdir().expect("a temporary folder") };
+        let bench = Self::empty();
         bench.make_model("model", 1);
         bench
     }

@@ -11,6 +11,7 @@ mod figure;
 mod hub;
 mod inputs;
 mod interrupts;
+mod layouts;
 mod load;
 mod memory;
 mod output;
@@ -25,7 +26,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{bench, cache, codebook, convert, features, init, inspect, reconstruct, tokenize, train};
+use crate::commands::{bench, cache, codebook, convert, export, features, init, inspect, reconstruct, tokenize, train};
 use crate::report::{Exit, LogFormat};
 
 /// Turn photos into codes and codes into photos
@@ -53,6 +54,7 @@ enum Command {
     Codebook(codebook::Args),
     Init(init::Args),
     Convert(convert::Args),
+    Export(export::Args),
     Train(train::Args),
     Bench(bench::Args),
     Cache(cache::Args),
@@ -78,6 +80,7 @@ fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Codebook(args) => codebook::execute(args),
         Command::Init(args) => init::execute(args),
         Command::Convert(args) => convert::execute(args),
+        Command::Export(args) => export::execute(args),
         Command::Train(args) => train::execute(args),
         Command::Bench(args) => bench::execute(args),
         Command::Cache(args) => cache::execute(args),

@@ -4,6 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod cache;
 pub(crate) mod codebook;
 pub(crate) mod convert;
+pub(crate) mod export;
 pub(crate) mod features;
 pub(crate) mod init;
 pub(crate) mod inspect;
