@@ -111,7 +111,7 @@ def test_pyarrow_reads_the_canonical_form(codes, kind):
     assert str(kind_of_list.value_type) == ("uint16" if made.codebook <= 65536 else "uint32")
     if made.grid:
         assert kind_of_list.list_size == made.grid[0] * made.grid[1] * made.c
-    assert json.loads(tables[0].schema.metadata[b"vqrae"])["model_id"] == MODEL
+    assert json.loads(pq.read_metadata(files[0]).metadata[b"vqrae"])["model_id"] == MODEL
     # As an array, without a Python object a code.
     column = tables[0].column("codes").combine_chunks()
     flat = column.flatten().to_numpy()
@@ -167,6 +167,26 @@ def test_numpy_and_safetensors_read_a_file_an_image(codes, kind):
         assert np.array_equal(array, expected) and np.array_equal(tensor, expected)
         with safetensors.safe_open(file, "np") as opened:
             assert opened.metadata()["source"] == row["path"]
+
+
+def test_what_tokenize_writes_is_read_without_an_export(tmp_path):
+    """The canonical form of real photos, beside the files of single images that the same model makes."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    photos = Path(__file__).parents[2] / "examples" / "photos"
+    run = lambda *words: subprocess.run([CLI, *map(str, words)], check=True, stdout=subprocess.PIPE)
+    run("tokenize", photos, "-o", tmp_path / "set")
+    run("export", tmp_path / "set", "-o", tmp_path / "npy", "--to", "npy")
+    run("tokenize", photos, "-o", tmp_path / "files", "--output-format", "npy")
+    rows = pq.read_table(tmp_path / "set" / "00000.parquet").to_pylist()
+    found = datasets.load_dataset("parquet", data_files=str(tmp_path / "set" / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
+    paths = sorted((str(path.relative_to(photos)) for path in photos.rglob("*") if path.suffix in (".jpg", ".png")), key=os.fsencode)
+    assert [row["path"] for row in rows] == list(found["path"]) == paths
+    for row, codes in zip(rows, found["codes"]):
+        expected = np.load(tmp_path / "files" / "codes" / f"{row['path']}.npy")
+        assert row["codes"] == list(codes) == expected.ravel().tolist() and (row["h"], row["w"]) == expected.shape
+        assert np.array_equal(np.load(tmp_path / "npy" / "codes" / f"{row['path']}.npy"), expected)
 
 
 def test_llamagen_classes_to_images(codes):

@@ -1,8 +1,9 @@
 //! The output of an export: a folder that appears whole or not at all. It is written beside its place under a name that starts with
-//! `.export-`, and renamed when all of it is there.
+//! `.export-` and locked, and renamed when all of it is there. Where the process was killed, what it wrote stays and the lock does not:
+//! the next export beside it removes that.
 
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::fs::{self, File, TryLockError};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -16,7 +17,12 @@ use super::{FORMAT, RECORD};
 pub(crate) struct Draft {
     place: PathBuf,
     temporary: TempDir,
+    /// Held, not read.
+    _lock: Option<File>,
 }
+
+/// What the names of folders begin with that are being written; six letters follow.
+const PREFIX: &str = ".export-";
 
 impl Draft {
     /// Begins the folder that will be at `place`; one that is there already is replaced with `overwrite`, if it is an export.
@@ -24,16 +30,9 @@ impl Draft {
         check(place, overwrite)?;
         let parent = place.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::create_dir_all(parent).map_err(Error::io(parent))?;
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".export-");
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            // tempfile's own default is 0700, which other users of a data set could not enter; the umask still applies.
-            builder.permissions(fs::Permissions::from_mode(0o777));
-        }
-        let temporary = builder.tempdir_in(parent).map_err(Error::io(parent))?;
-        Ok(Self { place: place.to_path_buf(), temporary })
+        sweep(parent);
+        let (temporary, lock) = temporary_in(parent).map_err(Error::io(parent))?;
+        Ok(Self { place: place.to_path_buf(), temporary, _lock: lock })
     }
 
     /// Where a file of the folder is for now.
@@ -82,6 +81,45 @@ impl Draft {
     }
 }
 
+/// A locked folder to write to.
+fn temporary_in(parent: &Path) -> io::Result<(TempDir, Option<File>)> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(PREFIX);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // tempfile's own default is 0700, which other users of a data set could not enter; the umask still applies.
+        builder.permissions(fs::Permissions::from_mode(0o777));
+    }
+    loop {
+        let temporary = builder.tempdir_in(parent)?;
+        // Where folders cannot be opened or locked, none is swept either.
+        let Ok(folder) = File::open(temporary.path()) else { return Ok((temporary, None)) };
+        match folder.try_lock() {
+            // Somebody who sweeps was quicker than the lock, and is about to remove it.
+            Err(TryLockError::WouldBlock) => {}
+            Ok(()) | Err(TryLockError::Error(_)) => return Ok((temporary, Some(folder))),
+        }
+    }
+}
+
+/// Removes what killed exports have left.
+fn sweep(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let letters = name.strip_prefix(PREFIX).unwrap_or_default();
+        if letters.len() == 6
+            && letters.bytes().all(|byte| byte.is_ascii_alphanumeric())
+            && let Ok(folder) = File::open(&path)
+            && folder.try_lock().is_ok()
+        {
+            // One that cannot be removed does no harm.
+            let _ = fs::remove_dir_all(&path);
+        }
+    }
+}
+
 /// Refuses a place that is taken; what is replaced must be an export or empty, so that a slip of the pen deletes nothing else.
 fn check(place: &Path, overwrite: bool) -> Result<()> {
     let shown = place.display();
@@ -122,5 +160,26 @@ impl OutFile {
     /// Hands over what is still held back.
     pub(crate) fn finish(mut self) -> Result<()> {
         Ok(self.file.flush().map_err(Error::io(&self.shown))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_writes_is_swept() {
+        let folder = tempfile::tempdir().unwrap();
+        let written = Draft::new(&folder.path().join("a"), false).unwrap();
+        let left = folder.path().join(".export-Abc123");
+        let others = [".export-", ".export-Abc123.old", ".export-Abc-23", "export-Abc123"];
+        for name in [".export-Abc123"].iter().chain(&others) {
+            fs::create_dir_all(folder.path().join(name).join("codes")).unwrap();
+        }
+        drop(Draft::new(&folder.path().join("b"), false).unwrap());
+        assert!(!left.exists() && written.path("").exists());
+        others.iter().for_each(|name| assert!(folder.path().join(name).exists(), "{name}"));
+        written.publish().unwrap();
+        assert!(folder.path().join("a").exists());
     }
 }

@@ -17,6 +17,7 @@
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
+use vqrae::codes::shard::Stats;
 use vqrae::codes::{NpyType, Row, npy_array};
 
 use super::folder::{Draft, OutFile};
@@ -145,10 +146,10 @@ impl<'a> TextToImage<'a> {
 }
 
 impl Layout for TextToImage<'_> {
-    fn begin_shard(&mut self, name: &str) -> Result<()> {
+    fn begin_shard(&mut self, shard: &Stats) -> Result<()> {
         self.end_list()?;
         // The reader takes a list's name up to its first dot.
-        let name = name.replace('.', "_");
+        let name = shard.shard.replace('.', "_");
         self.draft.create_folder(&name)?;
         let lines = self.draft.create(format!("{name}.jsonl"))?;
         self.list = Some(List { name, lines, count: 0 });

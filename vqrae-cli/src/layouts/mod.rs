@@ -98,7 +98,7 @@ pub(crate) struct Image<'a> {
 /// A reader's files while they are written.
 trait Layout {
     /// The rows of a shard follow.
-    fn begin_shard(&mut self, _name: &str) -> Result<()> {
+    fn begin_shard(&mut self, _shard: &Stats) -> Result<()> {
         Ok(())
     }
 
@@ -141,7 +141,7 @@ pub(crate) fn export(plan: &Plan) -> Result<Option<Value>> {
     let mut count = Count::new(set.len(), "rows");
     let mut left_out = 0;
     for shard in set.shards() {
-        layout.begin_shard(&shard.shard)?;
+        layout.begin_shard(shard)?;
         let Some(errors) = add_shard(set, shard, &mut *layout, &mut count)? else {
             report::say(&format!("interrupted: {} was not written; run the same command again", output.display()));
             return Ok(None);
@@ -243,7 +243,7 @@ fn layout<'a>(plan: &Plan, draft: &'a Draft) -> Result<Box<dyn Layout + 'a>> {
     }
     let name = plan.name.as_deref().unwrap_or("codes");
     let rule = || TokenRule::new(&plan.tokens, header);
-    let shards = |layout| Box::new(shards::Shards::new(draft, manifest, plan.set.shards(), layout));
+    let shards = |layout| Box::new(shards::Shards::new(draft, manifest, layout));
     Ok(match plan.to {
         To::LlamagenC2i => {
             let name = plan.name.clone().unwrap_or_else(|| imagenet(manifest));

@@ -15,7 +15,6 @@ use super::{Image, Layout, Written};
 pub(super) struct Shards<'a> {
     draft: &'a Draft,
     manifest: Manifest,
-    sources: std::vec::IntoIter<Stats>,
     current: Option<Current>,
     images: usize,
     tokens: u64,
@@ -29,16 +28,9 @@ struct Current {
 }
 
 impl<'a> Shards<'a> {
-    /// Of a set with this manifest and these shards.
-    pub(super) fn new(draft: &'a Draft, manifest: &Manifest, shards: &[Stats], layout: shard::Layout) -> Self {
-        Self {
-            draft,
-            manifest: Manifest { layout, ..manifest.clone() },
-            sources: shards.to_vec().into_iter(),
-            current: None,
-            images: 0,
-            tokens: 0,
-        }
+    /// Of a set with this manifest.
+    pub(super) fn new(draft: &'a Draft, manifest: &Manifest, layout: shard::Layout) -> Self {
+        Self { draft, manifest: Manifest { layout, ..manifest.clone() }, current: None, images: 0, tokens: 0 }
     }
 
     fn end_shard(&mut self) -> Result<()> {
@@ -54,14 +46,13 @@ impl<'a> Shards<'a> {
 }
 
 impl Layout for Shards<'_> {
-    fn begin_shard(&mut self, _: &str) -> Result<()> {
+    fn begin_shard(&mut self, source: &Stats) -> Result<()> {
         self.end_shard()?;
-        let source = self.sources.next().context("more shards than the set has")?;
         let (header, layout) = (&self.manifest.header, self.manifest.layout);
         let file = format!("{}.{}", source.shard, layout.extension());
         let out = Hashed::create(self.draft, &file)?;
         let writer = Writer::new(out, header, layout).map_err(anyhow::Error::msg)?;
-        self.current = Some(Current { source, file, writer, tally: Tally::new(header) });
+        self.current = Some(Current { source: source.clone(), file, writer, tally: Tally::new(header) });
         Ok(())
     }
 
