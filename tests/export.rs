@@ -539,6 +539,37 @@ fn a_set_that_is_damaged_or_incomplete_is_no_export() {
 }
 
 #[test]
+fn codes_beyond_the_codebook_and_lines_cut_short_are_no_export() {
+    let header = header(64, 1, Some((2, 2)));
+    let bench = bench_with(&header, &rows(&header, 1, 9));
+    bench.run("export set -o lines --to jsonl").exits(0);
+    let (manifest, shard) = (bench.bytes("lines/manifest.json"), bench.bytes("lines/00000.jsonl"));
+    let mut smaller = json_of(&manifest);
+    smaller["codebook_size"] = 32.into();
+    bench.write("lines/manifest.json", smaller.to_string().as_bytes());
+    let export = "export lines -o out --to megatron";
+    bench.run(export).exits(1).says(&["00000.jsonl", "but the codebook has 32 rows"]);
+    bench.write("lines/manifest.json", &manifest);
+    bench.write("lines/00000.jsonl", &shard[..shard.len() - 5]);
+    bench.run(export).exits(1).says(&["00000.jsonl: line 8"]);
+    bench.write("lines/00000.jsonl", &shard);
+    assert!(!bench.path("out").exists());
+    bench.run(export).exits(0);
+}
+
+#[test]
+fn machines_are_told_in_json() {
+    let header = header(64, 1, Some((2, 2)));
+    let bench = bench_with(&header, &rows(&header, 1, 4));
+    let run = bench.run("export set -o out --to llamagen-c2i --log-format json").exits(0);
+    let summary = run.summary();
+    assert_eq!((&summary["layout"], &summary["output"]), (&"llamagen-c2i".into(), &"out".into()));
+    assert!(summary["seconds"].is_number() && summary["rows_per_second"].is_number());
+    let told: Vec<Value> = run.stderr.lines().map(|line| json_of(line.as_bytes())).collect();
+    assert!(told.iter().any(|event| event["message"] == "1 row without codes was left out"), "{told:?}");
+}
+
+#[test]
 fn a_set_without_codes_is_no_export() {
     let header = header(64, 1, Some((2, 2)));
     let broken = rows(&header, 1, 2)[0][1].clone();
@@ -588,6 +619,15 @@ fn what_is_there_is_replaced_only_on_demand_and_only_if_it_is_an_export() {
     std::fs::create_dir(bench.path("empty")).expect("a folder");
     bench.run("export set -o empty --to npy").exits(0);
     assert_eq!(bench.bytes("precious/photo.jpg"), b"the only copy");
+
+    // A link stays one: what it leads to is replaced.
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("sub/folder/out", bench.path("link")).expect("a link");
+        bench.run("export set -o link --to megatron --overwrite").exits(0);
+        assert!(bench.path("link").is_symlink() && bench.path("sub/folder/out/codes.idx").exists());
+        assert_eq!(bench.path("sub/folder").read_dir().expect("a folder").count(), 1);
+    }
 }
 
 /// A disk that is full, played by a limit on the size of a file.

@@ -55,7 +55,7 @@ Examples, and what reads the output:
   vqrae-cli export codes -o out/nanotron --to datatrove --vocab-size 49152
       DatatroveFolderDataset(\"out/nanotron\", seq_len=256, token_size=2), nanotron's dataset_folder
   vqrae-cli export codes -o out/1x --to 1xgpt --hz 30
-      1xgpt: train.py --train_data_dir out/1x; images of a folder are the frames of a clip
+      1xgpt: train.py --train_data_dir out/1x; the images of a folder, in the order of their names' bytes, are a clip
   vqrae-cli export codes -o out/wds --to webdataset
       webdataset.WebDataset(\"out/wds/{00000..00127}.tar\").decode().to_tuple(\"codes.npy\", \"json\")
   vqrae-cli export codes -o out/npy --to npy

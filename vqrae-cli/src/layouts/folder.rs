@@ -15,6 +15,9 @@ use super::{FORMAT, RECORD};
 
 /// The folder while it is written; dropped, it leaves nothing behind.
 pub(crate) struct Draft {
+    /// As the user names it.
+    shown: PathBuf,
+    /// The same, links followed.
     place: PathBuf,
     temporary: TempDir,
     /// Held, not read.
@@ -28,11 +31,13 @@ impl Draft {
     /// Begins the folder that will be at `place`; one that is there already is replaced with `overwrite`, if it is an export.
     pub(crate) fn new(place: &Path, overwrite: bool) -> Result<Self> {
         check(place, overwrite)?;
+        let shown = place.to_path_buf();
+        let place = place.canonicalize().unwrap_or_else(|_| shown.clone());
         let parent = place.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::create_dir_all(parent).map_err(Error::io(parent))?;
         sweep(parent);
         let (temporary, lock) = temporary_in(parent).map_err(Error::io(parent))?;
-        Ok(Self { place: place.to_path_buf(), temporary, _lock: lock })
+        Ok(Self { place, shown, temporary, _lock: lock })
     }
 
     /// Where a file of the folder is for now.
@@ -42,7 +47,7 @@ impl Draft {
 
     /// Where it will be: its name in messages.
     pub(crate) fn shown(&self, name: impl AsRef<Path>) -> PathBuf {
-        self.place.join(name)
+        self.shown.join(name)
     }
 
     /// Begins a file of the folder, which must not have it yet.

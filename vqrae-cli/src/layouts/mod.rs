@@ -162,7 +162,9 @@ pub(crate) fn export(plan: &Plan) -> Result<Option<Value>> {
     draft.write(RECORD, format!("{:#}\n", record(plan, &written, left_out)).as_bytes())?;
     draft.publish()?;
     if left_out > 0 {
-        report::say(&format!("{left_out} rows without codes were left out"));
+        let rows =
+            if left_out == 1 { "1 row without codes was" } else { &format!("{left_out} rows without codes were") };
+        report::say(&format!("{rows} left out"));
     }
     written.notes.iter().for_each(|note| report::say(&format!("note: {note}")));
     Ok(Some(summary))
