@@ -2,6 +2,7 @@
 
 mod devices;
 mod eval;
+mod export;
 mod resolutions;
 mod shards;
 
@@ -34,8 +35,13 @@ struct Run {
 }
 
 impl Bench {
+    /// Without the model.
+    fn empty() -> Self {
+        Self { folder: tempfile::tempdir().expect("a temporary folder") }
+    }
+
     fn new() -> Self {
-        let bench = Self { folder: tempfile::tempdir().expect("a temporary folder") };
+        let bench = Self::empty();
         bench.make_model("model", 1);
         bench
     }

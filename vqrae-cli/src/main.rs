@@ -12,6 +12,7 @@ mod figure;
 mod hub;
 mod inputs;
 mod interrupts;
+mod layouts;
 mod load;
 mod memory;
 mod output;
@@ -27,7 +28,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    bench, cache, codebook, convert, eval, features, init, inspect, reconstruct, tokenize, train, verify,
+    bench, cache, codebook, convert, eval, export, features, init, inspect, reconstruct, tokenize, train, verify,
 };
 use crate::report::{Exit, LogFormat};
 
@@ -58,6 +59,7 @@ enum Command {
     Codebook(codebook::Args),
     Init(init::Args),
     Convert(convert::Args),
+    Export(export::Args),
     Train(train::Args),
     Bench(bench::Args),
     Cache(cache::Args),
@@ -85,6 +87,7 @@ fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Codebook(args) => codebook::execute(args),
         Command::Init(args) => init::execute(args),
         Command::Convert(args) => convert::execute(args),
+        Command::Export(args) => export::execute(args),
         Command::Train(args) => train::execute(args),
         Command::Bench(args) => bench::execute(args),
         Command::Cache(args) => cache::execute(args),

@@ -457,6 +457,58 @@ impl ErrorLog {
     }
 }
 
+/// Counts things of which nothing can fail one by one, and tells about it.
+pub(crate) struct Count {
+    bar: ProgressBar,
+    total: usize,
+    done: usize,
+    what: &'static str,
+    started: Instant,
+    last_line: Instant,
+}
+
+impl Count {
+    /// Of `total` things, called `what`.
+    pub(crate) fn new(total: usize, what: &'static str) -> Self {
+        let drawn = std::io::stderr().is_terminal() && !JSON.load(Ordering::Relaxed);
+        let bar = if drawn { ProgressBar::new(total as u64) } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}, {per_sec}, {eta} left") {
+            bar.set_style(style);
+        }
+        bar.set_message(what);
+        let now = Instant::now();
+        Self { bar, total, done: 0, what, started: now, last_line: now }
+    }
+
+    /// Counts things as done.
+    pub(crate) fn advance(&mut self, count: usize) {
+        self.done += count;
+        self.bar.inc(count as u64);
+        if self.bar.is_hidden() && self.last_line.elapsed() >= LINE_EVERY {
+            self.last_line = Instant::now();
+            let (Self { total, done, what, .. }, rate) = (&*self, self.rate());
+            let left = total.saturating_sub(*done) as f64 / rate.max(1e-9);
+            let text = format!("{done}/{total} {what}, {rate:.0} {what}/s, about {left:.0} s left");
+            let facts =
+                json!({ "done": done, "total": total, format!("{what}_per_second"): rate, "seconds_left": left });
+            event("progress", &text, facts);
+        }
+    }
+
+    /// The summary: `facts`, with how long it took.
+    pub(crate) fn finish(self, mut facts: Value) -> Value {
+        self.bar.finish_and_clear();
+        let round = |value: f64| (value * 1e3).round() / 1e3;
+        facts["seconds"] = round(self.started.elapsed().as_secs_f64()).into();
+        facts[format!("{}_per_second", self.what)] = round(self.rate()).into();
+        facts
+    }
+
+    fn rate(&self) -> f64 {
+        self.done as f64 / self.started.elapsed().as_secs_f64().max(1e-9)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

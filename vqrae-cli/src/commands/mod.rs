@@ -5,6 +5,7 @@ pub(crate) mod cache;
 pub(crate) mod codebook;
 pub(crate) mod convert;
 pub(crate) mod eval;
+pub(crate) mod export;
 pub(crate) mod features;
 pub(crate) mod init;
 pub(crate) mod inspect;

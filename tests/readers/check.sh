@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Exported codes in the hands of real readers, in a fresh environment:
+#   VQRAE_CLI=target/release/vqrae-cli tests/readers/check.sh [--all]
+# --all adds the readers that need PyTorch (a download of gigabytes).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export VQRAE_CLI=${VQRAE_CLI:-target/release/vqrae-cli}
+environment=$(mktemp -d)
+trap 'rm -rf "$environment"' EXIT
+python3 -m venv "$environment"
+"$environment/bin/pip" install -q --disable-pip-version-check pytest numpy pyarrow datasets webdataset safetensors blake3
+tests=(tests/readers/readers.py)
+if [ "${1:-}" = --all ]; then
+  "$environment/bin/pip" install -q --disable-pip-version-check torch megatron-core datatrove tokenizers
+  tests+=(tests/readers/readers_torch.py)
+fi
+HF_HUB_OFFLINE=1 "$environment/bin/python" -m pytest -q -p no:cacheprovider "${tests[@]}"
