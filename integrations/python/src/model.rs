@@ -8,10 +8,10 @@ use pyo3::types::PyBytes;
 use vqrae::image::ResizeMode;
 use vqrae::{DType, Device, Tensor, Vqrae};
 
+use crate::device;
 use crate::error::{Failure, refuse};
 use crate::images::{self, BATCH, Source};
 use crate::threads::on_pool;
-use crate::{device, error};
 
 /// A model, open on a device. It never changes, so threads may share it.
 #[pyclass(frozen, module = "vqrae._vqrae")]
@@ -41,7 +41,7 @@ impl Model {
                 None => Vqrae::shipped(&device, dtype)?,
             })
         };
-        Ok(Self { model: py.detach(|| error::guard(open))? })
+        Ok(Self { model: py.detach(|| on_pool(open))? })
     }
 
     /// For each image its rows, its columns, and the shape and bytes of its codes, i32 `[h, w]` or `[h, w, C]`; or an

@@ -102,7 +102,7 @@ def test_features_are_the_quantizers_input_and_the_codebook_has_its_rows(tokeniz
 
 
 def test_several_codes_a_token_stand_in_a_last_dimension(make_model, codes_of_cli):
-    model = make_model("siglip/base", 'type = "residual"\nnum_quantizers = 3\ncodebook_size = 16\ncodebook_dim = 8')
+    model = make_model("siglip/tiny", 'type = "residual"\nlevels = 3\nlevel = { codebook_size = 16, codebook_dim = 8 }')
     tokenizer = vqrae.Tokenizer(model)
     codes = codes_of_cli(PHOTOS, "--model", model)
     made = tokenizer.encode(PATHS)

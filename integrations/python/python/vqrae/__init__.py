@@ -12,7 +12,8 @@
 The same image gives the same codes as by the program `vqrae-cli`, alone or in any batch.
 """
 
-from ._tokenizer import Image, Images, Tokenizer
+from ._images import Image, Images
+from ._tokenizer import Tokenizer
 from ._vqrae import Error, __version__
 
 __all__ = ["Error", "Image", "Images", "Tokenizer", "__version__"]

@@ -75,7 +75,8 @@ class Tokenizer:
         Raises the first image's error; `encode_each` goes on. Also if the images have different grids, as with a model that
         keeps the aspect ratio: there too, `encode_each` is what to call.
         """
-        return self._stacked(images, self.encode_each(images))
+        codes: Codes = self._stacked(images, self.encode_each(images))
+        return codes
 
     def encode_each(self, images: Images) -> list[Codes | Exception]:
         """For each image its codes, int32 `[h, w]` or `[h, w, C]`, or the exception that says why there are none."""
@@ -83,8 +84,9 @@ class Tokenizer:
 
     def features(self, images: Images) -> NDArray[np.float32]:
         """Images, as for `encode`, to the encoder's continuous features, float32 `[B, N, D]`, N = h·w in raster order."""
-        features = [_array_of(made, np.float32) for made in self._each(images, "features")]
-        return self._stacked(images, features)
+        made = [_array_of(made, np.float32) for made in self._each(images, "features")]
+        features: NDArray[np.float32] = self._stacked(images, made)
+        return features
 
     def encode_pixels(self, pixels: NDArray[np.floating[Any]]) -> Codes:
         """Pixels that the caller prepared and normalised, float32 `[B, 3, H, W]`, to codes as of `encode`."""

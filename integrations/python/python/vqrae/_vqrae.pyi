@@ -1,6 +1,8 @@
 """The extension module: bytes and sizes. `vqrae.Tokenizer` makes arrays of them."""
 
-from typing import TypeAlias
+from typing import TypeAlias, final
+
+__all__ = ["Error", "Model", "__version__"]
 
 __version__: str
 
@@ -12,8 +14,9 @@ _Source: TypeAlias = bytes | tuple[int, int, bytes] | str
 # The image's rows and columns, the shape of what was made of it, and its bytes.
 _Made: TypeAlias = tuple[int, int, list[int], bytes]
 
+@final
 class Model:
-    def __init__(self, path: str | None, device: str, dtype: str) -> None: ...
+    def __new__(cls, path: str | None, device: str, dtype: str) -> Model: ...
     def encode(self, images: list[_Source]) -> list[_Made | Exception]: ...
     def features(self, images: list[_Source]) -> list[_Made | Exception]: ...
     def encode_pixels(self, shape: tuple[int, ...], pixels: bytes) -> tuple[list[int], bytes]: ...
