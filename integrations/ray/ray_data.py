@@ -33,9 +33,10 @@ class Tokenize:
         narrow = pa.uint16() if self.tokenizer.codebook_size <= 1 << 16 else pa.uint32()
         # A list even where no row, or every row, is an error: blocks whose columns differ in type cannot be written together.
         made["codes"] = pa.array(list(made["codes"]), pa.list_(narrow))
-        unknown = made["status"] != "ok"
-        for name in ("width", "height"):
-            made[name] = pa.array(made[name], mask=unknown)
+        # What is not known, or not so, is null in the program's files.
+        failed = made["status"] == "error"
+        made |= {name: pa.array(made[name], mask=failed) for name in ("width", "height")}
+        made["error"] = pa.array(made["error"], pa.string(), mask=~failed)
         return pa.table({name: as_arrow(name, values) for name, values in made.items()})
 
 

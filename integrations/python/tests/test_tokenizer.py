@@ -184,7 +184,7 @@ def test_a_batch_of_columns_comes_back_with_codes(tokenizer):
     np.testing.assert_array_equal(made["codes"], expected.reshape(2, -1))
     assert [made[name].tolist() for name in "hwc"] == [[16, 16], [16, 16], [1, 1]]
     assert (made["width"].tolist(), made["height"].tolist()) == ([640, 640], [427, 427])
-    assert made["status"].tolist() == ["ok", "ok"] and made["error"].tolist() == [None, None]
+    assert made["status"].tolist() == ["ok", "ok"] and made["error"].tolist() == ["", ""]
 
     bad = tokenizer({"path": ["a", "b"], "scan": [b"bad", paths[1]]}, column="scan")
     assert bad["codes"][0] is None and bad["h"].tolist() == [0, 16]

@@ -132,7 +132,8 @@ class Tokenizer:
         `status` and `error`.
 
         An image that cannot be used does not end the job: its status is "error", its error says why, its codes are None, and
-        its numbers 0. `codes` is an array `[B, h·w·C]` if all images have as many, else a list.
+        its numbers 0. Of others the error is "", so that the column has a type in every batch. `codes` is an array
+        `[B, h·w·C]` if all images have as many, else a list.
         """
         found = column or next((name for name in _COLUMNS if name in batch), None)
         if found is None or found not in batch:
@@ -144,7 +145,7 @@ class Tokenizer:
         arrays = [_array_of(image, np.int32) for image in made]
         codes = [None if isinstance(array, Exception) else array.astype(narrow).ravel() for array in arrays]
         even = len({None if row is None else len(row) for row in codes}) == 1 and codes[0] is not None
-        errors = [str(image) if isinstance(image, Exception) else None for image in made]
+        errors = [str(image) if isinstance(image, Exception) else "" for image in made]
 
         def numbers(of: Callable[[Codes, Any], int]) -> NDArray[np.uint32]:
             pairs = zip(arrays, made)
@@ -157,7 +158,7 @@ class Tokenizer:
             "c": np.full(len(made), model.codes_per_token, np.uint32),
             "width": numbers(lambda _, image: image[1]),
             "height": numbers(lambda _, image: image[0]),
-            "status": np.array(["ok" if error is None else "error" for error in errors], object),
+            "status": np.array(["error" if isinstance(image, Exception) else "ok" for image in made], object),
             "error": np.array(errors, object),
         }
 
