@@ -2,8 +2,10 @@
 
 mod devices;
 mod eval;
+#[cfg(feature = "parquet")]
 mod export;
 mod resolutions;
+#[cfg(feature = "parquet")]
 mod shards;
 
 use std::collections::BTreeMap;

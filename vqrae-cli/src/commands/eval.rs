@@ -25,6 +25,7 @@ use self::protocol::{Preset, Protocol, to_levels, words};
 use super::{begin, finish, resized};
 use crate::alike::Alike;
 use crate::device;
+use crate::inputs::{Input, Kind};
 use crate::load::{Loaded, Reading, stack_alike, upload};
 use crate::memory;
 use crate::output::save_pngs;

@@ -10,7 +10,7 @@ use vqrae::image::{Preprocessor, Resample, ResizeMode, Rgb};
 use vqrae::perceptual::FidInput;
 use vqrae::{DType, Device, Tensor};
 
-use crate::output::preprocessing;
+use crate::view::preprocessing;
 
 /// Side of the images of the presets.
 const SIDE: usize = 256;
