@@ -45,7 +45,8 @@ fn psnr_and_ssim_equal_skimage_and_ms_ssim_pytorch_msssim() {
         let measured = [("psnr", psnr(&a, &b)), ("ssim", ssim(&a, &b)), ("ms_ssim", ms_ssim(&a, &b))];
         for (metric, value) in measured {
             let (value, expected) = (value.unwrap(), expected[metric].as_f64().unwrap());
-            assert!((value - expected).abs() < 1e-6 * expected, "{metric} of {name}: {value}, expected: {expected}");
+            // pytorch-msssim makes its window in f32.
+            assert!((value - expected).abs() < 1e-5 * expected, "{metric} of {name}: {value}, expected: {expected}");
         }
         say(&format!("{name}: {measured:?}"));
     }
@@ -119,8 +120,8 @@ fn wrong_weights_of_inception_are_named() {
     let name = "Mixed_6c.branch7x7_2.conv.weight";
     let missing = changed(&|tensors| drop(tensors.remove(name))).unwrap_err();
     assert!(missing.contains("inception.safetensors") && missing.contains(name), "{missing}");
-    let misshapen = changed(&|tensors| drop(tensors.insert(name.into(), noise("w", &[2, 2, 7, 7])))).unwrap_err();
-    assert!(misshapen.contains("[2, 2, 7, 7]") && misshapen.contains(name), "{misshapen}");
+    let misshapen = changed(&|tensors| drop(tensors.insert(name.into(), noise("w", &[3, 2, 7, 7])))).unwrap_err();
+    assert!(misshapen.contains("[3, 2, 7, 7]") && misshapen.contains(name), "{misshapen}");
     let extra = changed(&|tensors| drop(tensors.insert("AuxLogits.x".into(), noise("w", &[2])))).unwrap_err();
     assert!(extra.contains("`AuxLogits.x`"), "{extra}");
     // What pytorch-fid's own file holds beside the features is no error.

@@ -14,4 +14,4 @@ if [ "${1:-}" = --all ]; then
   "$environment/bin/pip" install -q --disable-pip-version-check torch megatron-core datatrove tokenizers
   tests+=(tests/readers/readers_torch.py)
 fi
-HF_HUB_OFFLINE=1 "$environment/bin/python" -m pytest -q -p no:cacheprovider "${tests[@]}"
+HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1 "$environment/bin/python" -m pytest -q -p no:cacheprovider "${tests[@]}"

@@ -45,7 +45,7 @@ def test_datatroves_own_reader_and_writer(codes, tmp_path, kind):
     tokenizer, width = (out / "codes.ds.metadata").read_text().split("\n")[0].split("|")
     stream = np.concatenate(expected)
     length = 6
-    found = DatatroveFolderDataset(str(out), length, "*.ds", token_size=int(width), return_positions=True)
+    found = DatatroveFolderDataset(str(out), length, token_size=int(width), return_positions=True)
     windows = [found[i] for i in range(len(found))]
     assert len(windows) == len(stream) // (length + 1) > 0
     assert torch.cat([window["input_ids"] for window in windows]).tolist() == stream[: len(windows) * (length + 1)].tolist()

@@ -29,10 +29,8 @@ pub(crate) struct Args {
     /// images' side
     #[arg(long, value_parser = file_name)]
     name: Option<String>,
-    #[command(flatten, next_help_heading = "Ids (megatron, datatrove, titok-jsonl)")]
-    tokens: Tokens,
     /// Images a second, which 1xgpt's training reads
-    #[arg(long, value_name = "F", help_heading = "1xgpt")]
+    #[arg(long, value_name = "F")]
     hz: Option<f64>,
     /// Replace an export that is in OUT
     #[arg(long)]
@@ -40,6 +38,8 @@ pub(crate) struct Args {
     /// Export the shards that are finished, though some are not
     #[arg(long, alias = "allow_incomplete")]
     allow_incomplete: bool,
+    #[command(flatten, next_help_heading = "Ids (megatron, datatrove, titok-jsonl)")]
+    tokens: Tokens,
 }
 
 const EXAMPLES: &str = "\
@@ -52,8 +52,8 @@ Examples, and what reads the output:
       1d-tokenizer: dataset.params.pretokenization=out/rar/codes.jsonl
   vqrae-cli export codes -o out/megatron --to megatron --id-offset 32000 --begin 1 --end 2 --row-end 48384
       Megatron-LM, NeMo: --data-path out/megatron/codes; the vocabulary is the text's 32,000, 16,384 codes and an end of row
-  vqrae-cli export codes -o out/nanotron --to datatrove --vocab-size 49152
-      DatatroveFolderDataset(\"out/nanotron\", seq_len=256, token_size=2), nanotron's dataset_folder
+  vqrae-cli export codes -o out/nanotron --to datatrove --id-offset 49152
+      DatatroveFolderDataset(\"out/nanotron\", seq_len=256, token_size=2), nanotron's dataset_folder; 49,152 ids of text and 16,384 codes fit into 16 bits
   vqrae-cli export codes -o out/1x --to 1xgpt --hz 30
       1xgpt: train.py --train_data_dir out/1x; the images of a folder, in the order of their names' bytes, are a clip
   vqrae-cli export codes -o out/wds --to webdataset
