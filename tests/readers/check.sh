@@ -7,7 +7,9 @@ cd "$(dirname "$0")/../.."
 export VQRAE_CLI=${VQRAE_CLI:-target/release/vqrae-cli}
 environment=$(mktemp -d)
 trap 'rm -rf "$environment"' EXIT
-python3 -m venv "$environment"
+python3 -m venv "$environment" 2>/dev/null || {
+  { apt-get update -qq && apt-get install -y -qq python3-venv; } && python3 -m venv --clear "$environment"
+}
 "$environment/bin/pip" install -q --disable-pip-version-check pytest numpy pyarrow datasets webdataset safetensors blake3
 tests=(tests/readers/readers.py)
 if [ "${1:-}" = --all ]; then
