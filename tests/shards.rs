@@ -526,6 +526,11 @@ fn sigterm_stops_at_the_edge_of_a_batch() {
     let output = child.wait_with_output().expect("the end");
     assert_eq!(output.status.code(), Some(130));
     let text = std::fs::read_to_string(&journal).expect("the journal");
+    // A run that paints too does not go on from one that did not: the pictures of the first rows would be missing.
+    let painted = bench.path("painted");
+    std::fs::create_dir_all(&painted).expect("a folder");
+    std::fs::copy(&journal, painted.join(".00000.part")).expect("a copy");
+    assert_eq!(bench.run(&format!("{line} painted --reconstruct")).exits(0).summary()["images"], 120);
     assert!(text.ends_with('\n') && text.lines().count() % 2 == 1, "one line and whole batches of two");
     let summary = bench.run(&format!("{line} out")).exits(0).says(&["images were done before"]).summary();
     assert_eq!(summary["resumed"].as_u64(), Some(text.lines().count() as u64 - 1));

@@ -240,7 +240,8 @@ impl Listing {
     /// # Errors
     /// Names both.
     pub(crate) fn refuse_same_names(&self) -> Result<()> {
-        let Some([a, b]) = self.files.array_windows().find(|[a, b]| a.relative == b.relative) else { return Ok(()) };
+        let same = self.files.windows(2).find(|pair| pair[0].relative == pair[1].relative);
+        let Some([a, b]) = same else { return Ok(()) };
         let [one, other] = [a, b].map(|found| self.path(found));
         let (one, other, name) = (one.display(), other.display(), a.relative.display());
         bail!("{one} and {other} would both be written as {name}; give the folder that holds both, or run them apart")

@@ -34,6 +34,8 @@ pub(crate) struct Identity {
     pub(crate) inputs: String,
     /// How many numbered shards there are.
     pub(crate) shards: Option<usize>,
+    /// Whether the reconstruction of every row is written before it.
+    pub(crate) pictures: bool,
     pub(crate) header: Header,
     pub(crate) layout: Layout,
 }
@@ -51,7 +53,8 @@ impl Journal {
         fits: impl Fn(usize, &Row) -> bool,
     ) -> Result<Self> {
         let path = folder.join(format!(".{}.part", identity.name));
-        let first = format!("{}\n", json!({ "inputs": identity.inputs, "codes": identity.header }));
+        let Identity { inputs, pictures, header, .. } = identity;
+        let first = format!("{}\n", json!({ "inputs": inputs, "pictures": pictures, "codes": header }));
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let file = file.map_err(Error::io(&path))?;
         let own = match file.try_lock() {
@@ -236,7 +239,14 @@ mod tests {
             codes_per_token: 1,
             grid: Some((1, 2)),
         };
-        Identity { name: name.into(), inputs: "i".into(), shards: Some(1), header, layout: Layout::Jsonl }
+        Identity {
+            name: name.into(),
+            inputs: "i".into(),
+            shards: Some(1),
+            pictures: false,
+            header,
+            layout: Layout::Jsonl,
+        }
     }
 
     fn row(i: usize) -> Row {

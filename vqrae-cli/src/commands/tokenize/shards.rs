@@ -240,6 +240,7 @@ impl Run<'_> {
             name: shard.name.clone(),
             inputs: shard.inputs,
             shards: shard.numbered,
+            pictures: self.engine.reconstruct,
             header: self.folder.manifest.header.clone(),
             layout: self.folder.manifest.layout,
         };
