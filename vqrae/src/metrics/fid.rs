@@ -187,11 +187,11 @@ mod tests {
 
     #[test]
     fn portions_and_merging_give_mean_and_covariance() {
-        // numpy: mean [0.5, 2.0], cov(rowvar=False) [[7.25, -7.25], [-7.25, 9.5]]
+        // numpy: mean [0.5, 2.0], cov(rowvar=False) [[7.25, -7.5], [-7.5, 9.5]]
         for portion in 1..=5 {
             let whole = statistics(&ROWS, portion);
             assert!(close(whole.mean(), &[0.5, 2.0]), "{:?}", whole.mean());
-            assert!(close(&whole.covariance(), &[7.25, -7.25, -7.25, 9.5]), "{:?}", whole.covariance());
+            assert!(close(&whole.covariance(), &[7.25, -7.5, -7.5, 9.5]), "{:?}", whole.covariance());
             let (mut first, second) = (statistics(&ROWS[..portion], 2), statistics(&ROWS[portion..], 2));
             first.merge(&second).unwrap();
             assert_eq!(first.count(), 5);

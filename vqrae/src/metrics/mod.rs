@@ -17,7 +17,7 @@ mod ssim;
 
 pub use codes::CodeCounts;
 pub use fid::{Statistics, fid};
-pub use ssim::{ms_ssim, ssim};
+pub use ssim::{ms_ssim, ssim, ssim_and_ms_ssim};
 
 use crate::image::Rgb;
 

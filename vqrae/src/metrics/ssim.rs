@@ -23,9 +23,7 @@ const SCALES: [f64; 5] = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333];
 ///
 /// `None` when the sizes differ or a side is under 11 pixels.
 pub fn ssim(a: &Rgb, b: &Rgb) -> Option<f64> {
-    let window = window();
-    let channel = |c: usize| Some(similarity(&Plane::of(a, c), &Plane::of(b, c), &window)?.whole);
-    same_size(a, b).then(|| mean_of_channels(channel))?
+    mean_of_channels(&scales(a, b, 1), |scales| Some(scales.first()?.whole))
 }
 
 /// The same over five scales, each half as large as the one before: the contrast and structure of the first four and all of
@@ -34,30 +32,49 @@ pub fn ssim(a: &Rgb, b: &Rgb) -> Option<f64> {
 ///
 /// `None` when the sizes differ or a side is under 161 pixels, where the window would not fit the coarsest scale.
 pub fn ms_ssim(a: &Rgb, b: &Rgb) -> Option<f64> {
-    const LEAST: usize = (SIDE - 1) << (SCALES.len() - 1);
+    mean_of_channels(&scales(a, b, SCALES.len()), product)
+}
+
+/// [`ssim`] and [`ms_ssim`] in little more than the time of the latter, whose finest scale has the former.
+pub fn ssim_and_ms_ssim(a: &Rgb, b: &Rgb) -> (Option<f64>, Option<f64>) {
+    let scales = scales(a, b, SCALES.len());
+    (mean_of_channels(&scales, |scales| Some(scales.first()?.whole)), mean_of_channels(&scales, product))
+}
+
+/// The similarities of each channel on `count` scales, from the finest on: as many as the window fits.
+fn scales(a: &Rgb, b: &Rgb, count: usize) -> [Vec<Similarity>; 3] {
     let window = window();
-    let channel = |c: usize| {
-        let (mut a, mut b) = (Plane::of(a, c), Plane::of(b, c));
-        let mut product = 1.0;
-        for (scale, weight) in SCALES.into_iter().enumerate() {
-            let Similarity { whole, contrast } = similarity(&a, &b, &window)?;
-            let last = scale + 1 == SCALES.len();
-            product *= if last { whole } else { contrast }.max(0.0).powf(weight);
-            if !last {
-                (a, b) = (a.halved(), b.halved());
-            }
+    [0, 1, 2].map(|c| {
+        let mut scales = Vec::with_capacity(count);
+        if !same_size(a, b) {
+            return scales;
         }
-        Some(product)
-    };
-    (same_size(a, b) && a.width.min(a.height) > LEAST).then(|| mean_of_channels(channel))?
+        let (mut a, mut b) = (Plane::of(a, c), Plane::of(b, c));
+        while let Some(similarity) = similarity(&a, &b, &window) {
+            scales.push(similarity);
+            if scales.len() == count {
+                break;
+            }
+            (a, b) = (a.halved(), b.halved());
+        }
+        scales
+    })
+}
+
+/// MS-SSIM of the scales of one channel, if all are there.
+fn product(scales: &[Similarity]) -> Option<f64> {
+    let (last, finer) = scales.split_last().filter(|_| scales.len() == SCALES.len())?;
+    let factors = finer.iter().map(|scale| scale.contrast).chain([last.whole]);
+    Some(factors.zip(SCALES).map(|(factor, weight)| factor.max(0.0).powf(weight)).product())
 }
 
 fn same_size(a: &Rgb, b: &Rgb) -> bool {
     (a.width, a.height, a.data.len()) == (b.width, b.height, b.data.len()) && a.data.len() == 3 * a.width * a.height
 }
 
-fn mean_of_channels(of: impl Fn(usize) -> Option<f64>) -> Option<f64> {
-    Some((of(0)? + of(1)? + of(2)?) / 3.0)
+fn mean_of_channels(channels: &[Vec<Similarity>; 3], of: impl Fn(&[Similarity]) -> Option<f64>) -> Option<f64> {
+    let [red, green, blue] = channels;
+    Some((of(red)? + of(green)? + of(blue)?) / 3.0)
 }
 
 /// Weights of the window along one side; their sum is 1.
@@ -180,6 +197,7 @@ mod tests {
         let noise = |i: usize| (i * 7919 % 251) as u8;
         let large = image(161, 170, noise);
         assert_eq!(ssim(&large, &large), Some(1.0));
+        assert_eq!(ssim_and_ms_ssim(&large, &large), (Some(1.0), ms_ssim(&large, &large)));
         assert!((ms_ssim(&large, &large).unwrap() - 1.0).abs() < 1e-12);
         assert_eq!(ms_ssim(&image(160, 170, noise), &image(160, 170, noise)), None);
         assert_eq!(ssim(&image(10, 40, noise), &image(10, 40, noise)), None);

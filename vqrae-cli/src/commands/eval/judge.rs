@@ -170,7 +170,10 @@ impl Judge {
 
     /// Measures pairs, whose images have these relative paths.
     pub(crate) fn add(&mut self, paths: Vec<String>, pairs: &[&Pair]) -> Result<()> {
-        let plain = |(a, b): &&Pair| [metrics::psnr(a, b), metrics::ssim(a, b), metrics::ms_ssim(a, b)];
+        let plain = |(a, b): &&Pair| {
+            let (ssim, ms_ssim) = metrics::ssim_and_ms_ssim(a, b);
+            [metrics::psnr(a, b), ssim, ms_ssim]
+        };
         let plain: Vec<_> = pairs.par_iter().map(plain).collect();
         let vgg = self.lpips(self.networks.vgg.as_ref(), Backbone::Vgg16, pairs)?;
         let alex = self.lpips(self.networks.alex.as_ref(), Backbone::Alex, pairs)?;
