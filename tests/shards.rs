@@ -506,6 +506,20 @@ fn chaos_ends_in_the_bytes_of_an_undisturbed_run() {
     }
 }
 
+#[test]
+fn two_processes_at_the_same_shards_write_the_same_bytes() {
+    let bench = Bench::with_photos(40);
+    let line = "tokenize photos --model model --samples-per-shard 20 --reconstruct -o";
+    bench.run(&format!("{line} whole")).exits(0);
+    let start = || bench.command(&format!("{line} out")).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let workers: Vec<_> = (0..3).map(|_| start()).collect();
+    for worker in workers {
+        let output = worker.wait_with_output().expect("the end");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    assert!(bytes_of(&bench, "out") == bytes_of(&bench, "whole"));
+}
+
 /// SIGTERM ends a run at the edge of a batch: what is in the journal is whole, and the next run goes on behind it.
 #[cfg(unix)]
 #[test]
