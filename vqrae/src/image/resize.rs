@@ -3,8 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use serde::{Deserialize, Serialize};
 
 use super::{Limits, Rgb};
@@ -135,12 +136,15 @@ fn pass(image: &Rgb, width: usize, height: usize, resample: Resample) -> Result<
         return Ok(None);
     }
     let side = |n: usize| u32::try_from(n).map_err(|_| format!("a side of {n} pixels"));
-    let source = ImageRef::new(side(image.width)?, side(image.height)?, &image.data, PixelType::U8x3)
+    // Of one type of pixels: for images of any type all of them would be compiled, a third of this library.
+    let source = TypedImageRef::<U8x3>::from_buffer(side(image.width)?, side(image.height)?, &image.data)
         .map_err(|error| error.to_string())?;
-    let mut target = Image::new(side(width)?, side(height)?, PixelType::U8x3);
+    let mut data = vec![0; 3 * width * height];
+    let mut target =
+        TypedImage::<U8x3>::from_buffer(side(width)?, side(height)?, &mut data).map_err(|error| error.to_string())?;
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(resample.filter()));
-    Resizer::new().resize(&source, &mut target, &options).map_err(|error| error.to_string())?;
-    Ok(Some(Rgb { width, height, data: target.into_vec() }))
+    Resizer::new().resize_typed(&source, &mut target, &options).map_err(|error| error.to_string())?;
+    Ok(Some(Rgb { width, height, data }))
 }
 
 /// The window of `width` × `height` whose top left corner is at `left`, `top`.
