@@ -3,7 +3,7 @@ torch-fidelity. Prints each figure, how far apart the two are, and the CPU secon
 
     cargo build --release -p vqrae-cli
     python weights/convert_lpips.py WEIGHTS && python weights/convert_inception.py WEIGHTS/inception.safetensors
-    python tests/peers/metrics.py --weights WEIGHTS --photos VAL [--count N] [--out FOLDER]
+    python tests/peers/metrics.py --weights WEIGHTS --photos VAL [--count N] [--out FOLDER] [--only rfid …]
 
 Needs torch, torchvision, lpips, scikit-image, pytorch-msssim, pytorch-fid, torch-fidelity, scipy, safetensors, numpy, pillow.
 The middle 256x256 of each photo (its short side made 256 where it is not) and what the model that ships makes of it are saved
@@ -33,6 +33,7 @@ from unittest import mock
 
 FILES = {"vgg": "lpips_vgg16.safetensors", "alex": "lpips_alex.safetensors"}
 ALLOWED = 1e-3
+PYTORCH = "rfid, pytorch-fid's input"
 
 
 def lpips_of(net, weights):
@@ -64,11 +65,13 @@ def batches(files, size=8):
     return [planes(files[i:i + size]) for i in range(0, len(files), size)]
 
 
-def theirs(originals, images, weights, folder):
+def theirs(originals, images, weights, folder, only):
     """Each figure by others, and the CPU seconds it took for each pair."""
     figures, seconds = {}, {}
 
     def measure(name, of):
+        if only and name not in only:
+            return
         started = time.process_time()
         with torch.no_grad():
             figures[name] = float(of())
@@ -83,9 +86,8 @@ def theirs(originals, images, weights, folder):
     both = lambda: zip(batches(originals), batches(images))
     measure("ms_ssim", lambda: torch.cat([ms_ssim(a.double(), b.double(), 255, False) for a, b in both()]).mean())
     for net, file in FILES.items():
-        model = lpips_of(net, weights / file)
-        of = lambda: torch.cat([model(a / 127.5 - 1, b / 127.5 - 1).flatten() for a, b in both()]).mean()
-        measure(f"lpips_{net}", of)
+        of = lambda model: torch.cat([model(a / 127.5 - 1, b / 127.5 - 1).flatten() for a, b in both()]).mean()
+        measure(f"lpips_{net}", lambda: of(lpips_of(net, weights / file)))
 
     pth = whole(weights / "inception.safetensors", folder)
     extractor = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=pth)
@@ -99,7 +101,7 @@ def theirs(originals, images, weights, folder):
     features = lambda files: np.concatenate([network(x.float() / 255)[0].flatten(1).numpy() for x in batches(files)])
     moments = lambda x: (x.mean(0), np.cov(x, rowvar=False))
     distance = lambda: fid_score.calculate_frechet_distance(*moments(features(originals)), *moments(features(images)))
-    measure("rfid, pytorch-fid's input", distance)
+    measure(PYTORCH, distance)
     return figures, seconds
 
 
@@ -116,6 +118,7 @@ def main():
     parser.add_argument("--photos", type=pathlib.Path, required=True)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--only", nargs="+", help="of psnr, ssim, ms_ssim, lpips_vgg, lpips_alex, rfid and the other input's")
     a = parser.parse_args()
     folder = a.out or pathlib.Path(tempfile.mkdtemp())
     (folder / "originals").mkdir(parents=True, exist_ok=True)
@@ -126,18 +129,19 @@ def main():
     images = [folder / "reconstructions" / f"{f.name}.png" for f in originals]
 
     network = a.weights / "inception.safetensors"
-    base = ["--reference", folder / "originals", "--images", folder / "reconstructions"]
-    all_words = ["--lpips-vgg", a.weights / FILES["vgg"], "--lpips-alex", a.weights / FILES["alex"], "--inception", network]
-    line, _, memory = ours([*base, "-o", folder / "all", *all_words])
-    alone = lambda *words: ours([*base, "-o", folder / "some", *words])
-    plain = alone()[1]
-    seconds = {f"lpips_{net}": alone(f"--lpips-{net}", a.weights / file)[1] - plain for net, file in FILES.items()}
-    seconds["rfid"] = alone("--inception", network)[1] - plain
-    other, _, _ = alone("--inception", network, "--fid-input", "pytorch")
-    line["rfid, pytorch-fid's input"] = other["rfid"]
+    base = ["--reference", folder / "originals", "--images", folder / "reconstructions", "-o", folder / "figures"]
+    line, plain, memory = ours(base)
+    seconds = {}
+    runs = {f"lpips_{net}": [f"--lpips-{net}", a.weights / file] for net, file in FILES.items()}
+    runs |= {"rfid": ["--inception", network], PYTORCH: ["--inception", network, "--fid-input", "pytorch"]}
+    for name, words in runs.items():
+        if a.only and name not in a.only:
+            continue
+        figures, spent, peak = ours([*base, *words])
+        line[name], seconds[name], memory = figures[name.split(",")[0]], spent - plain, max(memory, peak)
 
-    figures, theirs_seconds = theirs(originals, images, a.weights, folder)
-    print(f"{len(images)} pairs; PSNR, SSIM, MS-SSIM and reading take us {plain:.4f} CPU s a pair; peak {memory} MiB with all\n")
+    figures, theirs_seconds = theirs(originals, images, a.weights, folder, a.only)
+    print(f"{len(images)} pairs; PSNR, SSIM, MS-SSIM and reading take us {plain:.4f} CPU s a pair; peak {memory} MiB\n")
     print("| | ours | theirs | apart, relative | ours, CPU s a pair | theirs |\n|---|---|---|---|---|---|")
     worst = 0.0
     for name, expected in figures.items():
