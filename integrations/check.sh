@@ -14,7 +14,7 @@ python3 -m venv "$work/env" 2>"$work/venv.log" || {
   { apt-get update -qq && apt-get install -y -qq python3-venv; } && python3 -m venv "$work/env"
 } || { cat "$work/venv.log"; exit 1; }
 export PATH="$work/env/bin:$PATH"
-pip install --quiet --disable-pip-version-check maturin numpy pillow pytest mypy pyarrow "ray[data]"
+pip install --no-compile --quiet --disable-pip-version-check maturin numpy pillow pytest mypy pyarrow "ray[data]"
 step "the wheel"
 # Beside the program, not in its stead: cargo keeps both builds.
 CARGO=$PWD/integrations/python/cargo.sh maturin build --release --quiet -m integrations/python/Cargo.toml --target-dir target \

@@ -42,12 +42,12 @@ fn open_card(card: usize) -> Result<Device, Failure> {
         let device = Device::new_cuda_with_stream(card)?;
         // A card that is too old for the kernels is refused here rather than at the first of them.
         vqrae_kernels::cuda::Gpu::on(&device.as_cuda_device()?.cuda_stream())?;
-        Ok(device)
+        Ok::<_, vqrae::Error>(device)
     };
-    open().or_else(|error: vqrae::Error| {
+    open().map_err(|error| {
         let text = error.to_string();
         let cause = text.lines().next().unwrap_or_default();
-        refuse(format!("cuda:{card} cannot be used: {cause}; or pass device=\"cpu\""))
+        Failure::Refused(format!("cuda:{card} cannot be used: {cause}; or pass device=\"cpu\""))
     })
 }
 
