@@ -18,8 +18,8 @@ const SIDE: usize = 299;
 /// Added to a variance before its root is taken.
 const EPS: f64 = 1e-3;
 
-/// How an 8-bit image comes to 299×299, and its levels to about −1..1: two conventions that are both called FID, and differ by
-/// some percent of it.
+/// How an 8-bit image comes to 299×299, and its levels to about −1..1: two conventions that are both called FID and do not give
+/// the same one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum FidInput {
     /// As TensorFlow 1 did it, and torch-fidelity and ADM's evaluator do: bilinear from the top left corner of each pixel,
