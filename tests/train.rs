@@ -192,7 +192,13 @@ fn a_run_logs_validates_and_leaves_a_model_that_tokenizes() {
     let (model, out) = (bench.path("run/model"), bench.path("out"));
     let mut tokenize = Command::new(BINARY);
     tokenize.env("VQRAE_DEVICE", test_device());
-    tokenize.arg("tokenize").arg(bench.path("photos")).arg("-o").arg(&out).arg("--model").arg(&model);
+    tokenize
+        .args(["tokenize", "--output-format", "safetensors"])
+        .arg(bench.path("photos"))
+        .arg("-o")
+        .arg(&out)
+        .arg("--model")
+        .arg(&model);
     succeeds(&tokenize.output().expect("the binary"));
     assert!(out.join("codes/more/1.png.safetensors").exists());
 }
@@ -506,7 +512,8 @@ fn the_four_models_of_the_starting_document_begin_train_ten_steps_and_tokenize()
         let (model, out) = (bench.path(&format!("{run}/model")), bench.path(&format!("{run}/codes")));
         let (model, out) = (model.to_str().expect("a path"), out.to_str().expect("a path"));
         let photos = bench.path("photos");
-        succeeds(&cli(&["tokenize", photos.to_str().expect("a path"), "-o", out, "--model", model]));
+        let photos = photos.to_str().expect("a path");
+        succeeds(&cli(&["tokenize", "--output-format", "safetensors", photos, "-o", out, "--model", model]));
         let codes = vqrae::codes::Codes::read(Path::new(out).join("codes/0.png.safetensors")).expect("codes");
         assert_eq!((codes.h, codes.w), (side, side));
     };
