@@ -36,8 +36,9 @@ pub fn temporary_in(folder: &Path) -> io::Result<NamedTempFile> {
     loop {
         let file = builder.tempfile_in(folder)?;
         match file.as_file().try_lock() {
-            // Somebody who sweeps was quicker than the lock, and is about to remove it.
+            // Somebody who sweeps was quicker than the lock: is about to remove the file, or has.
             Err(TryLockError::WouldBlock) => {}
+            Ok(()) if !file.path().exists() => {}
             // Without locks on this file system nothing is swept either.
             Ok(()) | Err(TryLockError::Error(_)) => return Ok(file),
         }
@@ -62,6 +63,30 @@ pub fn sweep(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_is_lost_to_who_sweeps_meanwhile() {
+        let folder = tempfile::tempdir().unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    for entry in std::fs::read_dir(folder.path()).unwrap().flatten() {
+                        sweep(&entry.path());
+                    }
+                }
+            });
+            for i in 0..2000 {
+                let written = write_whole(&folder.path().join("file"), i.to_string().as_bytes());
+                if let Err(error) = written {
+                    done.store(true, std::sync::atomic::Ordering::Relaxed);
+                    panic!("write {i}: {error}");
+                }
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert_eq!(std::fs::read(folder.path().join("file")).unwrap(), b"1999");
+    }
 
     #[test]
     fn what_nobody_writes_is_swept() {
