@@ -88,7 +88,7 @@ def main():
     parser.add_argument("--num-gpus", type=float, default=0, help="cards an actor (default: %(default)s)")
     args = parser.parse_args()
 
-    ray.init()
+    ray.init(ignore_reinit_error=True)
     dataset, column = readers[args.kind](args.inputs)
     made = tokenize(
         dataset, args.column or column, args.model, args.device, args.dtype, args.concurrency, args.num_cpus, args.num_gpus

@@ -6,7 +6,7 @@ The program is named by VQRAE_CLI; `vqrae`, `ray[data]`, `pyarrow` and `pillow` 
 import io
 import json
 import os
-import secrets
+import runpy
 import stat
 import subprocess
 import sys
@@ -20,15 +20,13 @@ import pytest
 import yaml
 from PIL import Image
 
-# One cluster for all tests, which the scripts join as drivers of their own: both need its token, before Ray is imported.
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
+# Every run of the program and every actor computes with one thread: several share this machine, and the bytes are the same.
+os.environ |= {"RAYON_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 import ray  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = Path(os.environ.get("VQRAE_CLI", "target/release/vqrae-cli")).absolute()
 BAD = b"\xff\xd8\xff\xe0 this JPEG ends early"
-# Every run of the program computes with one thread: many of them share this machine, and the bytes are the same.
-ENVIRONMENT = os.environ | {"RAYON_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def photo(seed):
@@ -63,25 +61,36 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    context = ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    yield context.address_info["address"]
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    yield
     ray.shutdown()
 
 
 def program(*words, **environment):
     done = subprocess.run(
-        [PROGRAM, *map(str, words)], env=ENVIRONMENT | environment, capture_output=True, text=True, check=False
+        [PROGRAM, *map(str, words)], env=os.environ | environment, capture_output=True, text=True, check=False
     )
     assert done.returncode in (0, 3), done.stderr
     return done
 
 
-def script(cluster, name, *words, code=0):
-    command = [sys.executable, HERE / name, *map(str, words)]
-    environment = ENVIRONMENT | {"RAY_ADDRESS": cluster}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+@pytest.fixture
+def script(monkeypatch, capfd):
+    """Runs a script as Python would, but in this process, whose cluster it then uses: a start of Ray takes seconds."""
+
+    def run(name, *words, code=0):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(HERE / name), run_name="__main__")
+            ended, said = 0, ""
+        except SystemExit as error:
+            ended, said = (1, error.code) if isinstance(error.code, str) else (error.code or 0, "")
+        stdout, stderr = capfd.readouterr()
+        assert ended == code, stdout + stderr + said
+        return stdout, stderr + said
+
+    return run
 
 
 def tree(folder):
@@ -98,39 +107,39 @@ def make_executable(path, text):
     return path
 
 
-def test_a_task_a_tar_writes_the_bytes_of_the_program(cluster, data, tmp_path):
+def test_a_task_a_tar_writes_the_bytes_of_the_program(script, data, tmp_path):
     tars = sorted((data / "tars").glob("*.tar"))
     program("tokenize", *tars, "-o", tmp_path / "plain")
-    done = script(cluster, "tokenize_shards.py", *tars, "-o", tmp_path / "ray", "--program", PROGRAM)
+    stdout, stderr = script("tokenize_shards.py", *tars, "-o", tmp_path / "ray", "--program", PROGRAM)
     assert tree(tmp_path / "ray") == tree(tmp_path / "plain")
     assert {f"{tar}.parquet" for tar in "xyz"} <= set(tree(tmp_path / "ray"))
-    summaries = [json.loads(line) for line in done.stdout.splitlines()]
+    summaries = [json.loads(line) for line in stdout.splitlines()]
     assert sorted(summary["shard"] for summary in summaries) == [str(tar) for tar in tars]
     assert [(summary["images"], summary["skipped"]) for summary in summaries] == [(4, 1)] * 3
 
 
-def test_a_folder_is_planned_once_and_its_shards_have_the_bytes_of_the_program(cluster, data, tmp_path):
+def test_a_folder_is_planned_once_and_its_shards_have_the_bytes_of_the_program(script, data, tmp_path):
     words = ["--samples-per-shard", 4, "--dtype", "f32"]
     program("tokenize", data / "photos", "-o", tmp_path / "plain", *words)
-    done = script(cluster, "tokenize_shards.py", data / "photos", "-o", tmp_path / "ray", "--program", PROGRAM, "--", *words)
-    assert len(done.stdout.splitlines()) == 4
+    stdout, stderr = script("tokenize_shards.py", data / "photos", "-o", tmp_path / "ray", "--program", PROGRAM, "--", *words)
+    assert len(stdout.splitlines()) == 4
     assert tree(tmp_path / "ray") == tree(tmp_path / "plain")
     assert (tmp_path / "ray/plan.jsonl").exists()
 
 
-def test_a_shard_that_fails_is_named_and_the_others_are_finished(cluster, data, tmp_path):
+def test_a_shard_that_fails_is_named_and_the_others_are_finished(script, data, tmp_path):
     tars = [data / "tars/x.tar", data / "tars/missing.tar", data / "tars/z.tar"]
     words = ["-o", tmp_path / "out", "--program", PROGRAM, "--max-retries", 0]
-    done = script(cluster, "tokenize_shards.py", *tars, *words, code=1)
-    assert "1 of 3 shards are not finished" in done.stderr and str(tars[1]) in done.stderr.splitlines()[-1]
+    stdout, stderr = script("tokenize_shards.py", *tars, *words, code=1)
+    assert "1 of 3 shards are not finished" in stderr and str(tars[1]) in stderr.splitlines()[-1]
     assert {"x_stats.json", "z_stats.json"} <= set(tree(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("end", ["exit 1", "kill -9 $PPID"], ids=["the program fails", "the worker is killed"])
-def test_a_shard_is_tried_again(cluster, data, tmp_path, end):
+def test_a_shard_is_tried_again(script, data, tmp_path, end):
     flaky = f'#!/bin/sh\nif [ ! -e {tmp_path}/tried ]; then touch {tmp_path}/tried; {end}; fi\nexec {PROGRAM} "$@"\n'
     flaky = make_executable(tmp_path / "flaky", flaky)
-    script(cluster, "tokenize_shards.py", data / "tars/y.tar", "-o", tmp_path / "ray", "--program", flaky)
+    script("tokenize_shards.py", data / "tars/y.tar", "-o", tmp_path / "ray", "--program", flaky)
     program("tokenize", data / "tars/y.tar", "-o", tmp_path / "plain")
     assert (tmp_path / "tried").exists()
     assert tree(tmp_path / "ray") == tree(tmp_path / "plain")
@@ -159,14 +168,14 @@ def expected(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["images", "webdataset", "parquet"])
-def test_ray_data_makes_the_rows_of_the_program(cluster, data, expected, tmp_path, kind):
+def test_ray_data_makes_the_rows_of_the_program(script, data, expected, tmp_path, kind):
     inputs = {"images": data / "photos", "webdataset": data / "tars", "parquet": data / "table.parquet"}[kind]
     name = {
         "images": lambda row: Path(row["path"]).relative_to(data / "photos").as_posix(),
         "webdataset": lambda row: row["__key__"] + ".jpg",
         "parquet": lambda row: row["name"],
     }[kind]
-    script(cluster, "ray_data.py", kind, inputs, "-o", tmp_path)
+    script("ray_data.py", kind, inputs, "-o", tmp_path)
     assert rows_of(tmp_path, name) == expected
     for path in tmp_path.glob("*.parquet"):
         schema = pq.read_schema(path)
@@ -200,7 +209,7 @@ def test_the_slurm_template_writes_the_bytes_of_the_program(data, plain, tmp_pat
         array = {"SLURM_ARRAY_TASK_ID": first + index, "SLURM_ARRAY_TASK_MIN": first, "SLURM_ARRAY_TASK_COUNT": count}
         for process in range(tasks):
             numbers = {**array, "SLURM_PROCID": process, "SLURM_NTASKS": tasks, "SLURM_CPUS_PER_TASK": 1}
-            environment = ENVIRONMENT | variables | {name: str(value) for name, value in numbers.items()}
+            environment = os.environ | variables | {name: str(value) for name, value in numbers.items()}
             subprocess.run(["bash", HERE.parent / "slurm/tokenize.sbatch"], env=environment, check=True, capture_output=True)
     assert tree(out) == plain
     assert program("verify", out).returncode == 0
@@ -219,6 +228,6 @@ def test_the_kubernetes_template_writes_the_bytes_of_the_program(data, plain, tm
     variables = written | {"INPUT": str(data / "photos"), "OUTPUT": str(out), "COMPLETIONS": str(count)}
     variables |= {"WORDS": "--samples-per-shard 4"} | on_path(tmp_path / "bin")
     for index in range(count):
-        environment = ENVIRONMENT | variables | {"JOB_COMPLETION_INDEX": str(index)}
+        environment = os.environ | variables | {"JOB_COMPLETION_INDEX": str(index)}
         subprocess.run([*container["command"], *container["args"]], env=environment, check=True, capture_output=True)
     assert tree(out) == plain

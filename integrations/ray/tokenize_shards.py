@@ -59,7 +59,7 @@ def main():
     args.words = words
 
     todo = commands(args)
-    ray.init()
+    ray.init(ignore_reinit_error=True)
     options = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus, "max_retries": args.max_retries}
     task = ray.remote(**options, retry_exceptions=[Unfinished])(run)
     pending = {task.remote(name, command, args.num_cpus): name for name, command in todo}
