@@ -17,7 +17,6 @@ import subprocess
 import tempfile
 import time
 
-import lpips
 import numpy as np
 import skimage.metrics
 import torch
@@ -25,7 +24,7 @@ from PIL import Image
 from pytorch_fid import fid_score
 from pytorch_fid import inception as of_pytorch_fid
 from pytorch_msssim import ms_ssim
-from quality import PROGRAM, original, program
+from quality import PROGRAM, network, original, program
 from safetensors.torch import load_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -34,18 +33,6 @@ from unittest import mock
 FILES = {"vgg": "lpips_vgg16.safetensors", "alex": "lpips_alex.safetensors"}
 ALLOWED = 1e-3
 PYTORCH = "rfid, pytorch-fid's input"
-
-
-def lpips_of(net, weights):
-    """The package's own code with the weights of a file, since it would download its backbone."""
-    model, tensors = lpips.LPIPS(net=net, pnet_rand=True, pretrained=False, verbose=False), load_file(weights)
-    own = [f"net.slice{i}.{name}" for i in range(1, 6) for name, _ in getattr(model.net, f"slice{i}").named_parameters()]
-    state = {name: tensors["features." + name.split(".", 2)[2]] for name in own}
-    for i in range(5):
-        state[f"lin{i}.model.1.weight"] = state[f"lins.{i}.model.1.weight"] = tensors[f"lin{i}.weight"]
-    missing = [k for k in model.load_state_dict(state, strict=False).missing_keys if not k.startswith("scaling")]
-    assert not missing, missing
-    return model.eval()
 
 
 def whole(weights, folder):
@@ -87,7 +74,7 @@ def theirs(originals, images, weights, folder, only):
     measure("ms_ssim", lambda: torch.cat([ms_ssim(a.double(), b.double(), 255, False) for a, b in both()]).mean())
     for net, file in FILES.items():
         of = lambda model: torch.cat([model(a / 127.5 - 1, b / 127.5 - 1).flatten() for a, b in both()]).mean()
-        measure(f"lpips_{net}", lambda: of(lpips_of(net, weights / file)))
+        measure(f"lpips_{net}", lambda: of(network(weights / file, net)))
 
     pth = whole(weights / "inception.safetensors", folder)
     extractor = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=pth)

@@ -27,9 +27,9 @@ PROGRAM = ROOT / "target/release/vqrae-cli"
 SIDE = 256
 
 
-def network(weights: pathlib.Path):
-    """LPIPS on VGG16; the package's own code with the weights of a file, since it would download its backbone."""
-    model = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
+def network(weights: pathlib.Path, net: str = "vgg"):
+    """LPIPS; the package's own code with the weights of a file, since it would download its backbone."""
+    model = lpips.LPIPS(net=net, pnet_rand=True, pretrained=False, verbose=False)
     tensors = load_file(weights)
     own = [f"net.slice{i}.{name}" for i in range(1, 6) for name, _ in getattr(model.net, f"slice{i}").named_parameters()]
     state = {name: tensors["features." + name.split(".", 2)[2]] for name in own}

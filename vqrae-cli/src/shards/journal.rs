@@ -8,8 +8,8 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
+use anyhow::{Context, Result};
+use serde_json::json;
 use vqrae::Error;
 use vqrae::codes::shard::{self, Layout, Stats, Tally, Writer};
 use vqrae::codes::{Header, Row};
@@ -204,24 +204,6 @@ pub(crate) fn sweep(folder: &Path) -> Result<()> {
     }
     for entry in walkdir::WalkDir::new(folder.join("reconstructions")).into_iter().filter_map(Result::ok) {
         files::sweep(entry.path());
-    }
-    Ok(())
-}
-
-/// What a shard of files is made of, as a hash: names and what is known about them.
-pub(crate) fn hash_of(parts: impl IntoIterator<Item = Value>) -> String {
-    let mut hasher = blake3::Hasher::new();
-    for part in parts {
-        hasher.update(part.to_string().as_bytes());
-        hasher.update(b"\n");
-    }
-    hasher.finalize().to_hex()[..32].to_string()
-}
-
-/// Refuses a name that would not stay in the folder.
-pub(crate) fn check_name(name: &str) -> Result<()> {
-    if name.is_empty() || name.starts_with('.') || name.contains(['/', '\\']) {
-        bail!("{name:?} cannot be the name of a shard");
     }
     Ok(())
 }

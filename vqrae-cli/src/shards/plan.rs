@@ -12,11 +12,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use vqrae::Error;
 use vqrae::codes::numbered;
 
-use super::journal::{check_name, hash_of};
 use crate::inputs::{About, Archive, Found, Input, Listing, source};
 
 /// The version of the file.
@@ -282,6 +281,24 @@ fn read_line(path: &Path, lines: &[u64], i: usize) -> Result<Line> {
     let mut line = Vec::new();
     BufReader::new(file).read_until(b'\n', &mut line)?;
     serde_json::from_slice(&line).context("damaged; delete it and plan again with --plan")
+}
+
+/// What a shard of files is made of, as a hash: names and what is known about them.
+fn hash_of(parts: impl IntoIterator<Item = Value>) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        hasher.update(part.to_string().as_bytes());
+        hasher.update(b"\n");
+    }
+    hasher.finalize().to_hex()[..32].to_string()
+}
+
+/// Refuses a name that would not stay in the folder.
+fn check_name(name: &str) -> Result<()> {
+    if name.is_empty() || name.starts_with('.') || name.contains(['/', '\\']) {
+        bail!("{name:?} cannot be the name of a shard");
+    }
+    Ok(())
 }
 
 /// The name of an archive's shard: the file's own without its ending, whatever folder it is in.
