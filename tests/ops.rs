@@ -1,7 +1,7 @@
 //! Every fused op against its plain sibling in f64: values and gradients, in shapes that fill no block evenly.
 
 use candle_core::{Result, Var};
-use vqrae::ops::{self, Precision, Window, composed};
+use vqrae::ops::{self, Mask, Precision, Window, composed};
 use vqrae::{DType, Tensor};
 
 use crate::compare::{PARITY, Tolerance, assert_close, assert_same_bits, noise, say};
@@ -220,12 +220,42 @@ fn attention_equals_its_plain_sibling() {
     {
         let shape = [2, n, heads * head_width];
         let inputs = ["q", "k", "v"].map(|name| (name, noise(name, &shape)));
+        for mask in [Mask::None, Mask::Causal] {
+            assert_siblings(
+                &format!("attention of {n} tokens, {heads} heads of {head_width}, {mask:?}"),
+                &inputs,
+                |x| ops::attention(Precision::F32, mask, &x[0], &x[1], &x[2], heads),
+                |x| composed::attention(Precision::F32, mask, &x[0], &x[1], &x[2], heads),
+            );
+        }
+    }
+}
+
+#[test]
+fn linear_cross_entropy_equals_its_plain_sibling() {
+    // A piece holds 512 tokens: 530 make two. Weights are those of a loss, and some are zero.
+    for (m, e, k) in [(1, 1, 1), (3, 5, 7), (40, 12, 33), (530, 8, 50)] {
+        let inputs = [("x", noise("x", &[m, e])), ("codes", noise("codes", &[k, e])), ("bias", noise("bias", &[k]))];
+        let targets: Vec<u32> = (0..m).map(|i| (i * 7 % k) as u32).collect();
+        let weights: Vec<f32> = (0..m).map(|i| (i % 3) as f32 / m as f32).collect();
         assert_siblings(
-            &format!("attention of {n} tokens, {heads} heads of {head_width}"),
+            &format!("cross-entropy of {m} tokens, {k} codes of {e}"),
             &inputs,
-            |x| ops::attention(Precision::F32, &x[0], &x[1], &x[2], heads),
-            |x| composed::attention(Precision::F32, &x[0], &x[1], &x[2], heads),
+            |x| ops::linear_cross_entropy(Precision::F32, &x[0], &x[1], &x[2], &targets, &weights),
+            |x| composed::linear_cross_entropy(Precision::F32, &x[0], &x[1], &x[2], &targets, &weights),
         );
+    }
+}
+
+#[test]
+fn cross_entropy_by_hand() {
+    // Scores ln 1 and ln 3: probabilities 1/4 and 3/4.
+    let (x, codes) = (Tensor::ones((1, 1), DType::F32, &vqrae::Device::Cpu).unwrap(), noise("codes", &[2, 1]));
+    let bias = (Tensor::new(&[0f32, 3f32.ln()], x.device()).unwrap() - codes.squeeze(1).unwrap()).unwrap();
+    for (target, expected) in [(0, 4f32.ln()), (1, (4f32 / 3.0).ln())] {
+        let loss = ops::linear_cross_entropy(Precision::F32, &x, &codes, &bias, &[target], &[2.0]).unwrap();
+        let off = (loss.to_scalar::<f32>().unwrap() - 2.0 * expected).abs();
+        assert!(off < 1e-6, "{off:e}");
     }
 }
 
@@ -234,9 +264,9 @@ fn attention_survives_scores_that_overflow_exp() {
     // q·(k + c) = q·k + q·c: every score of a query is hundreds off zero, and the weights are as before.
     let [q, k, v] = ["q", "k", "v"].map(|name| noise(name, &[1, 9, 8]));
     let far = (&k + 300.0).unwrap();
-    let got = ops::attention(Precision::F32, &q, &far, &v, 1).unwrap();
+    let got = ops::attention(Precision::F32, Mask::None, &q, &far, &v, 1).unwrap();
     let wide = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
-    let expected = composed::attention(Precision::F32, &wide(&q), &wide(&far), &wide(&v), 1).unwrap();
+    let expected = composed::attention(Precision::F32, Mask::None, &wide(&q), &wide(&far), &wide(&v), 1).unwrap();
     let worst = assert_close("attention with large scores", &got, &expected, PARITY);
     say(&format!("attention with scores of hundreds: {worst:.1e}"));
 }
@@ -250,9 +280,9 @@ fn ops_refuse_shapes_that_do_not_fit() {
         ops::linear(Precision::F32, &x, &noise("w", &[3, 6]), &noise("b", &[4])),
         ops::layer_norm(&x, &noise("w", &[5]), &noise("b", &[5]), 1e-6),
         ops::layer_norm(&x, &noise("w", &[6]), &noise("b", &[5]), 1e-6),
-        ops::attention(Precision::F32, &x, &x, &x, 4),
-        ops::attention(Precision::F32, &x, &x, &x, 0),
-        ops::attention(Precision::F32, &x, &noise("k", &[2, 5, 6]), &x, 2),
+        ops::attention(Precision::F32, Mask::None, &x, &x, &x, 4),
+        ops::attention(Precision::F32, Mask::None, &x, &x, &x, 0),
+        ops::attention(Precision::F32, Mask::None, &x, &noise("k", &[2, 5, 6]), &x, 2),
         ops::conv2d(&image, &noise("w", &[2, 4, 3, 3]), None, Window::default()),
         ops::conv2d(&image, &noise("w", &[2, 3, 6, 6]), None, Window::default()),
         ops::conv2d(&image, &noise("w", &[2, 3, 3, 3]), Some(&noise("b", &[3])), Window::default()),
@@ -261,6 +291,30 @@ fn ops_refuse_shapes_that_do_not_fit() {
         ops::depthwise_conv2d(&image, &noise("w", &[3, 3, 3, 3]), None, Window::default()),
         ops::unit_distance(&image, &noise("y", &[1, 3, 5, 4]), &noise("w", &[3]), 1e-10),
         ops::unit_distance(&image, &image, &noise("w", &[4]), 1e-10),
+        ops::linear_cross_entropy(
+            Precision::F32,
+            &noise("x", &[2, 3]),
+            &noise("c", &[4, 3]),
+            &noise("b", &[4]),
+            &[1, 4],
+            &[1.0; 2],
+        ),
+        ops::linear_cross_entropy(
+            Precision::F32,
+            &noise("x", &[2, 3]),
+            &noise("c", &[4, 2]),
+            &noise("b", &[4]),
+            &[1, 0],
+            &[1.0; 2],
+        ),
+        ops::linear_cross_entropy(
+            Precision::F32,
+            &noise("x", &[2, 3]),
+            &noise("c", &[4, 3]),
+            &noise("b", &[4]),
+            &[1],
+            &[1.0; 2],
+        ),
         ops::max_pool2d(&image, 6, 1),
         ops::max_pool2d(&image, 0, 1),
         ops::max_pool2d(&image, 2, 0),
@@ -284,7 +338,7 @@ fn products_of_bf16_are_rounded_products() {
         std::iter::once(out).chain(vars.iter().map(of)).collect::<Vec<_>>()
     };
     let linear = |precision, x: &[Tensor]| ops::linear(precision, &x[0], &x[1], &x[2]);
-    let attention = |precision, x: &[Tensor]| ops::attention(precision, &x[0], &x[1], &x[2], 3);
+    let attention = |precision, x: &[Tensor]| ops::attention(precision, Mask::None, &x[0], &x[1], &x[2], 3);
     let inputs = [noise("x", &[2, 65, 72]), noise("w", &[33, 72]), noise("b", &[33])];
     let tokens = ["q", "k", "v"].map(|name| noise(name, &[2, 150, 72]));
     for (what, op, inputs) in [

@@ -9,7 +9,7 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
-use crate::ops::{self, GeluForm, Linear, Norm, Precision};
+use crate::ops::{self, GeluForm, Linear, Mask, Norm, Precision};
 
 /// The sizes of a stack of transformer blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -42,6 +42,16 @@ pub struct Style {
     pub layer_scale: bool,
     /// What stands between the MLP's two layers.
     pub activation: Activation,
+    /// A token sees itself and those before it: generators that draw code after code.
+    #[serde(default)]
+    pub causal: bool,
+}
+
+impl Style {
+    /// Which tokens a token sees.
+    pub(crate) fn mask(self) -> Mask {
+        if self.causal { Mask::Causal } else { Mask::None }
+    }
 }
 
 /// What stands between the two layers of an MLP.
@@ -68,6 +78,7 @@ pub(crate) struct Attention {
     /// The norms of q and k, if any.
     pub(crate) qk_norms: Option<(Norm, Norm)>,
     heads: usize,
+    mask: Mask,
 }
 
 impl Attention {
@@ -94,6 +105,7 @@ impl Attention {
                 .then(|| Ok::<_, candle_core::Error>((norm("q_norm")?, norm("k_norm")?)))
                 .transpose()?,
             heads: config.heads,
+            mask: style.mask(),
         })
     }
 
@@ -106,14 +118,14 @@ impl Attention {
     fn heads_of(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
         let precision = self.out_proj.precision;
         if let Some(qkv) = self.qkv.as_ref().filter(|_| x.id() == context.id()) {
-            return ops::attention_of_all(precision, &qkv.forward(x)?, self.heads);
+            return ops::attention_of_all(precision, self.mask, &qkv.forward(x)?, self.heads);
         }
         let (mut q, mut k) = (self.q_proj.forward(x)?, self.k_proj.forward(context)?);
         let v = self.v_proj.forward(context)?;
         if let Some((q_norm, k_norm)) = &self.qk_norms {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
-        ops::attention(precision, &q, &k, &v, self.heads)
+        ops::attention(precision, self.mask, &q, &k, &v, self.heads)
     }
 
     fn multiply_in(&mut self, precision: Precision) {
@@ -256,7 +268,7 @@ impl Vit {
     }
 
     /// Has the products of every block read numbers of `precision`.
-    pub(crate) fn multiply_in(&mut self, precision: Precision) {
+    pub fn multiply_in(&mut self, precision: Precision) {
         for layer in &mut self.layers {
             layer.self_attn.multiply_in(precision);
             layer.mlp.multiply_in(precision);

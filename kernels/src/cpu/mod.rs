@@ -17,7 +17,7 @@ pub(crate) mod product;
 #[cfg(test)]
 mod tests;
 
-pub use attention::attention;
+pub use attention::{Cache, Mask, attention};
 pub use isa::{Isa, VARIABLE};
 pub use linear::{End, linear, swiglu};
 pub use matrix::{Bf16, Element, Matrix};

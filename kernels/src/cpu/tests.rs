@@ -120,7 +120,7 @@ fn the_number_of_threads_changes_no_bit() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let mut out = Matrix::<Bf16>::new(200, 96);
-            attention(&matrix(200, 288, 4), 3, isa, &mut out);
+            attention(&matrix(200, 288, 4), 3, Mask::None, isa, &mut out);
             (product::<Bf16>(isa, (200, 96, 300)).to_vec(), out.to_vec())
         })
     };
@@ -160,13 +160,13 @@ fn the_ends_of_a_linear_layer() {
     assert_eq!(narrow.to_vec(), [11.5, 0.839_843_75]);
 }
 
-fn attention_is_near_the_real_one<T: Element>(tolerance: f64) {
+fn attention_is_near_the_real_one<T: Element>(mask: Mask, tolerance: f64) {
     for isa in Isa::tested() {
         for (n, heads, width) in [(1, 1, 1), (5, 2, 4), (3, 5, 3), (17, 2, 24), (96, 1, 64), (130, 3, 72)] {
             let d = heads * width;
             let qkv = matrix::<T>(n, 3 * d, 9);
             let mut out = Matrix::<T>::new(n, d);
-            attention(&qkv, heads, isa, &mut out);
+            attention(&qkv, heads, mask, isa, &mut out);
             let at = |i: usize, j: usize| f64::from(qkv.row(i)[j].widen());
             for head in 0..heads {
                 for i in 0..n {
@@ -174,11 +174,11 @@ fn attention_is_near_the_real_one<T: Element>(tolerance: f64) {
                         let dot: f64 = (0..width).map(|c| at(i, head * width + c) * at(j, d + head * width + c)).sum();
                         (dot / (width as f64).sqrt()).exp()
                     };
-                    let weights: Vec<f64> = (0..n).map(score).collect();
+                    let weights: Vec<f64> = (0..mask.seen(i, n)).map(score).collect();
                     let sum: f64 = weights.iter().sum();
                     for c in 0..width {
                         let value = |j: usize| weights[j] / sum * at(j, 2 * d + head * width + c);
-                        let real: f64 = (0..n).map(value).sum();
+                        let real: f64 = (0..weights.len()).map(value).sum();
                         let off = (f64::from(out.row(i)[head * width + c].widen()) - real).abs();
                         assert!(off < tolerance, "{} n {n} head {head} query {i}: off by {off:e}", isa.name());
                     }
@@ -190,8 +190,34 @@ fn attention_is_near_the_real_one<T: Element>(tolerance: f64) {
 
 #[test]
 fn attention_is_softmax_weighted_values() {
-    attention_is_near_the_real_one::<f32>(2e-6);
-    attention_is_near_the_real_one::<Bf16>(6e-3);
+    for mask in [Mask::None, Mask::Causal] {
+        attention_is_near_the_real_one::<f32>(mask, 2e-6);
+        attention_is_near_the_real_one::<Bf16>(mask, 6e-3);
+    }
+}
+
+fn a_cache_gives_what_causal_attention_gives<T: Element>() {
+    for isa in Isa::tested().into_iter().filter(|&isa| isa != Isa::PORTABLE) {
+        for (n, heads, width) in [(1, 1, 1), (5, 2, 4), (33, 2, 24), (130, 3, 72)] {
+            let d = heads * width;
+            let qkv = matrix::<T>(n, 3 * d, 11);
+            let mut whole = Matrix::<T>::new(n, d);
+            attention(&qkv, heads, Mask::Causal, isa, &mut whole);
+            let mut cache = Cache::new(heads, width, n + 3, isa);
+            let mut out = vec![T::default(); d];
+            for i in 0..n {
+                cache.attend(&qkv, i, &mut out);
+                assert_eq!(out, whole.row(i), "{} n {n} heads {heads} token {i}", isa.name());
+            }
+            assert_eq!(cache.len(), n);
+        }
+    }
+}
+
+#[test]
+fn a_cache_gives_every_token_the_bits_that_causal_attention_gives_it() {
+    a_cache_gives_what_causal_attention_gives::<f32>();
+    a_cache_gives_what_causal_attention_gives::<Bf16>();
 }
 
 #[test]
@@ -201,7 +227,7 @@ fn scores_far_apart_neither_overflow_nor_vanish() {
     qkv.row_mut(0).copy_from_slice(&[1e4, 1e4, 1.0]);
     qkv.row_mut(1).copy_from_slice(&[-1e4, -1e4, 3.0]);
     let mut out = Matrix::new(2, 1);
-    attention(&qkv, 1, isa, &mut out);
+    attention(&qkv, 1, Mask::None, isa, &mut out);
     assert_eq!(out.to_vec(), [1.0, 3.0]);
 }
 

@@ -78,6 +78,7 @@ impl InternVitConfig {
                     qk_norm: self.use_qk_norm,
                     layer_scale: true,
                     activation: Activation::Gelu,
+                    ..vit::Style::default()
                 },
             },
             patch: self.patch_size[0],

@@ -2,7 +2,7 @@
 
 use candle_core::Result;
 use candle_nn::VarBuilder;
-use vqrae_kernels::cpu::{Element, End, Isa, Matrix, attention};
+use vqrae_kernels::cpu::{Element, End, Isa, Mask, Matrix, attention};
 
 use super::layers::{Linear, Norm};
 use crate::encoder::{By, Fuse};
@@ -62,7 +62,7 @@ impl<T: Element> Cross<T> {
             to_q.copy_from_slice(q.row(i));
             to_kv.copy_from_slice(kv.row(i));
         }
-        attention(&qkv, By::HEADS, self.isa, &mut normed);
+        attention(&qkv, By::HEADS, Mask::None, self.isa, &mut normed);
         self.out.run(&normed, End::Add(&mut x));
         self.ffn_norm.run(&x, &mut normed);
         let mut hidden = Matrix::new(n, self.fc1.width());

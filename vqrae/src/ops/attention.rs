@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use vqrae_kernels::cpu::dense::Worker;
-use vqrae_kernels::cpu::{Bf16, Element, Isa};
+use vqrae_kernels::cpu::{Bf16, Element, Isa, Mask};
 use vqrae_kernels::matrix::{Into, View};
 use vqrae_kernels::vector::{exp, max, sum};
 use vqrae_kernels::vectorised;
@@ -13,39 +13,43 @@ use super::Precision;
 /// Queries whose scores are held at a time.
 const QUERIES: usize = 128;
 
-/// `softmax(q kᵀ / √d) v` for each of `heads` heads, every token seeing every token of its image.
+/// `softmax(q kᵀ / √d) v` for each of `heads` heads, over the tokens of its image that the mask lets a token see.
 ///
 /// The gradient computes the weights again rather than keeping them (Dao et al., arXiv 2205.14135).
 ///
 /// # Shapes
 /// - q, k, v and output: `[B, N, D]`, head h in the columns `h·D/heads ..`
-pub fn attention(precision: Precision, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
+pub fn attention(precision: Precision, mask: Mask, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, n, d) = q.dims3()?;
     if heads == 0 || !d.is_multiple_of(heads) || k.dims() != [b, n, d] || v.dims() != [b, n, d] {
         candle_core::bail!("attention: q {:?}, k {:?}, v {:?}, {heads} heads", q.dims(), k.dims(), v.dims());
     }
     #[cfg(feature = "cuda")]
-    if super::untracked::serves(q, &[k, v]) && super::untracked::attends(q.dtype(), d, heads) {
+    if mask == Mask::None && super::untracked::serves(q, &[k, v]) && super::untracked::attends(q.dtype(), d, heads) {
         return super::untracked::attention(q, k, v, heads);
     }
     if !super::fused(q) || n == 0 {
-        return super::composed::attention(precision, q, k, v, heads);
+        return super::composed::attention(precision, mask, q, k, v, heads);
     }
-    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention { heads, precision })
+    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention { heads, mask, precision })
 }
 
 /// [`attention`] of q, k and v side by side, `[B, N, 3·D]`.
-pub(crate) fn attention_of_all(precision: Precision, qkv: &Tensor, heads: usize) -> Result<Tensor> {
+pub(crate) fn attention_of_all(precision: Precision, mask: Mask, qkv: &Tensor, heads: usize) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if super::untracked::serves(qkv, &[]) && super::untracked::attends(qkv.dtype(), qkv.dim(2)? / 3, heads) {
+    if mask == Mask::None
+        && super::untracked::serves(qkv, &[])
+        && super::untracked::attends(qkv.dtype(), qkv.dim(2)? / 3, heads)
+    {
         return super::untracked::attention_of_all(qkv, heads);
     }
     let parts = qkv.chunk(3, candle_core::D::Minus1)?;
-    attention(precision, &parts[0], &parts[1], &parts[2], heads)
+    attention(precision, mask, &parts[0], &parts[1], &parts[2], heads)
 }
 
 struct Attention {
     heads: usize,
+    mask: Mask,
     precision: Precision,
 }
 
@@ -63,7 +67,7 @@ impl CustomOp3 for Attention {
         v: &CpuStorage,
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let sizes = Sizes::new(q_layout.shape(), self.heads)?;
+        let sizes = Sizes::new(q_layout.shape(), self.heads, self.mask)?;
         let q = super::f32_slice(q, q_layout)?;
         let k = super::f32_slice(k, k_layout)?;
         let v = super::f32_slice(v, v_layout)?;
@@ -85,7 +89,11 @@ impl CustomOp3 for Attention {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let stacked = Tensor::stack(&[&q.detach(), &k.detach(), &v.detach(), &grad.detach()], 0)?; // [4,B,N,D]
-        let grads = stacked.apply_op1_no_bwd(&AttentionGradient { heads: self.heads, precision: self.precision })?; // [3,B,N,D]
+        let grads = stacked.apply_op1_no_bwd(&AttentionGradient {
+            heads: self.heads,
+            mask: self.mask,
+            precision: self.precision,
+        })?; // [3,B,N,D]
         let part = |i: usize| grads.get(i).map(Some);
         Ok((part(0)?, part(1)?, part(2)?))
     }
@@ -94,6 +102,7 @@ impl CustomOp3 for Attention {
 /// The gradients of q, k, v from q, k, v and the output's gradient.
 struct AttentionGradient {
     heads: usize,
+    mask: Mask,
     precision: Precision,
 }
 
@@ -104,7 +113,7 @@ impl CustomOp1 for AttentionGradient {
 
     fn cpu_fwd(&self, stacked: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (_, b, n, d) = layout.shape().dims4()?;
-        let sizes = Sizes::new(&Shape::from((b, n, d)), self.heads)?;
+        let sizes = Sizes::new(&Shape::from((b, n, d)), self.heads, self.mask)?;
         let stacked = super::f32_slice(stacked, layout)?;
         let len = stacked.len() / 4;
         let part = |i: usize| &stacked[i * len..][..len];
@@ -123,12 +132,13 @@ struct Sizes {
     n: usize,
     heads: usize,
     head_width: usize,
+    mask: Mask,
 }
 
 impl Sizes {
-    fn new(shape: &Shape, heads: usize) -> Result<Self> {
+    fn new(shape: &Shape, heads: usize, mask: Mask) -> Result<Self> {
         let (_, n, d) = shape.dims3()?;
-        Ok(Self { n, heads, head_width: d / heads })
+        Ok(Self { n, heads, head_width: d / heads, mask })
     }
 
     fn head_len(&self) -> usize {
@@ -211,7 +221,11 @@ impl<T: Element> Scratch<T> {
         let weights = &mut self.weights[..rows * sizes.n];
         let (queries, keys) = (sizes.view(q, first, rows), sizes.view(k, 0, sizes.n).t());
         self.worker.multiply(weights, sizes.n, queries, keys, sizes.scale(), Into::Replace, self.isa);
-        weights.chunks_exact_mut(sizes.n).for_each(softmax_row);
+        for (i, weights) in weights.chunks_exact_mut(sizes.n).enumerate() {
+            let (seen, hidden) = weights.split_at_mut(sizes.mask.seen(first + i, sizes.n));
+            softmax_row(seen);
+            hidden.fill(0.0);
+        }
     }
 
     fn forward(&mut self, out: &mut [f32], [q, k, v]: [&[f32]; 3]) {

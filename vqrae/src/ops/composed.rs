@@ -1,8 +1,8 @@
 //! The operations again in plain tensor algebra: the reference for values and gradients, and what runs on other devices.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 
-use super::{Precision, Window};
+use super::{Mask, Precision, Window};
 
 /// `x wᵀ + b`; see [`super::linear`].
 pub fn linear(precision: Precision, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
@@ -38,19 +38,46 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 }
 
 /// `softmax(q kᵀ / √d) v` for every head; see [`super::attention`].
-pub fn attention(precision: Precision, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
+pub fn attention(precision: Precision, mask: Mask, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, n, d) = q.dims3()?;
     let split = |x: &Tensor| x.reshape((b, n, heads, d / heads))?.transpose(1, 2)?.contiguous(); // [B,heads,N,d]
     let (q, k, v) = (split(q)?, split(k)?, split(v)?);
     let scores = (multiply(precision, &q, &k.t()?)? * (1.0 / ((d / heads) as f64).sqrt()))?; // [B,heads,N,N]
-    let weights = softmax(&scores)?;
+    let weights = match mask {
+        Mask::None => softmax(&scores)?,
+        Mask::Causal => softmax(&scores.broadcast_add(&hidden(n, scores.dtype(), scores.device())?)?)?,
+    };
     multiply(precision, &weights, &v)?.transpose(1, 2)?.reshape((b, n, d))
+}
+
+/// What is added to the scores of `n` tokens, `[N, N]`: −∞ where a token does not see another.
+fn hidden(n: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    let seen = |i: usize| Mask::Causal.seen(i, n);
+    let values = (0..n).flat_map(|i| (0..n).map(move |j| if j < seen(i) { 0.0 } else { f32::NEG_INFINITY }));
+    Tensor::from_iter(values, device)?.reshape((n, n))?.to_dtype(dtype)
 }
 
 /// The softmax over the last dimension, safe for large scores.
 pub fn softmax(scores: &Tensor) -> Result<Tensor> {
     let exp = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
     exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
+}
+
+/// `Σ weight · −log softmax(x codesᵀ + bias)[target]`; see [`super::linear_cross_entropy`].
+pub fn linear_cross_entropy(
+    precision: Precision,
+    x: &Tensor,
+    codes: &Tensor,
+    bias: &Tensor,
+    targets: &[u32],
+    weights: &[f32],
+) -> Result<Tensor> {
+    let scores = linear(precision, x, codes, bias)?; // [M,K]
+    let largest = scores.max_keepdim(D::Minus1)?.detach();
+    let sums = scores.broadcast_sub(&largest)?.exp()?.sum_keepdim(D::Minus1)?;
+    let chosen = scores.gather(&Tensor::new(targets, x.device())?.unsqueeze(1)?, 1)?;
+    let losses = ((sums.log()? + largest)? - chosen)?; // [M,1]
+    (losses * Tensor::new(weights, x.device())?.unsqueeze(1)?.to_dtype(x.dtype())?)?.sum_all()
 }
 
 /// Cross-correlation with zeros around the image; see [`super::conv2d`].

@@ -15,6 +15,7 @@ pub(crate) mod averages;
 mod chosen;
 pub mod composed;
 mod conv;
+mod cross_entropy;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 mod depthwise;
@@ -33,6 +34,7 @@ pub use attention::attention;
 pub(crate) use attention::attention_of_all;
 pub(crate) use chosen::{commitment, transformed_rows};
 pub use conv::{Conv2d, conv2d, conv2d_relu};
+pub use cross_entropy::linear_cross_entropy;
 pub use depthwise::depthwise_conv2d;
 pub(crate) use gelu::Form as GeluForm;
 pub use gelu::{gelu, gelu_erf};
@@ -47,6 +49,7 @@ pub use window::Window;
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
 use serde::{Deserialize, Serialize};
 use vqrae_kernels::cpu::Isa;
+pub use vqrae_kernels::cpu::Mask;
 
 /// What products of f32 tensors read: the numbers as they are, or rounded to bf16, half as wide and twice as fast where the
 /// processor has instructions for it. Tensors, sums and gradients are f32 either way, as are the weights that an optimizer

@@ -178,6 +178,24 @@ impl<T: Element> Packed<T> {
         }
     }
 
+    /// Replaces column `column` of the product's right side.
+    pub(super) fn set_column(&mut self, column: usize, values: &[T]) {
+        let panel_len = self.panel_len();
+        let panel = &mut self.data.as_mut_slice()[column / PANEL * panel_len..][..panel_len];
+        for (i, group) in values.chunks(T::GROUP).enumerate() {
+            panel[(i * PANEL + column % PANEL) * T::GROUP..][..group.len()].copy_from_slice(group);
+        }
+    }
+
+    /// Replaces row `row` of the product's right side.
+    pub(super) fn set_row(&mut self, row: usize, values: &[T]) {
+        let panel_len = self.panel_len();
+        for (panel, values) in self.data.as_mut_slice().chunks_exact_mut(panel_len).zip(values.chunks(PANEL)) {
+            let group = &mut panel[row / T::GROUP * PANEL * T::GROUP..][..PANEL * T::GROUP];
+            group.chunks_exact_mut(T::GROUP).zip(values).for_each(|(out, &x)| out[row % T::GROUP] = x);
+        }
+    }
+
     /// Inner width D.
     pub fn inner(&self) -> usize {
         self.inner
