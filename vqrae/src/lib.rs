@@ -7,7 +7,8 @@
 //! 4. [`decoder`]: codes become pixels again
 //! 5. [`codes`]: codes ⇄ disk
 //!
-//! [`Vqrae`] is the five in one hand; [`train`] makes a new one of photos, [`init`] of a pretrained encoder.
+//! [`Vqrae`] is the five in one hand; [`train`] makes a new one of photos, [`init`] of a pretrained encoder. Generators of codes
+//! build on [`codes::CodeSet`], [`vit`], [`ops`] and [`inference`].
 //!
 //! ```
 //! # #[cfg(feature = "shipped-model")] {
@@ -45,7 +46,7 @@ pub mod error;
 pub mod files;
 pub mod fusion;
 pub mod image;
-mod inference;
+pub mod inference;
 mod init;
 pub mod latent;
 pub mod metrics;

@@ -4,8 +4,9 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
+use rayon::prelude::*;
 use vqrae_kernels::cpu::{
-    Element, End, Isa, Matrix, Packed, attention, layer_norm, linear, rms_norm, rms_norm_columns, swiglu,
+    Cache, Element, End, Isa, Matrix, Packed, attention, layer_norm, linear, rms_norm, rms_norm_columns, swiglu,
 };
 
 use crate::{ops, vit};
@@ -46,6 +47,11 @@ impl<T: Element> Linear<T> {
         let (e, d) = weight.dims2()?;
         let bias = bias.map_or_else(|| Ok(vec![0.0; e]), values)?;
         Ok(Self { weight: Packed::new(&values(&weight)?, d, isa), bias })
+    }
+
+    /// The input's width.
+    pub(super) fn inner(&self) -> usize {
+        self.weight.inner()
     }
 
     /// The output's width.
@@ -148,28 +154,64 @@ impl<T: Element> Vit<T> {
         let mut scratch = self.scratch(x.rows());
         seen(x);
         for block in &self.blocks {
-            let Scratch { normed, qkv, hidden, halves } = &mut scratch;
-            block.norm1.run(x, normed);
-            block.qkv.run(normed, End::Store(qkv));
-            if let Some((q, k)) = &block.qk_norms {
-                rms_norm_columns(qkv, 0, &q.weight, q.eps);
-                rms_norm_columns(qkv, self.config.width, &k.weight, k.eps);
-            }
-            attention(qkv, self.config.heads, self.isa, normed);
-            block.out.run(normed, End::Add(x));
-            block.norm2.run(x, normed);
-            match self.config.style.activation {
-                vit::Activation::GeluTanh => block.fc1.run(normed, End::Gelu(hidden)),
-                vit::Activation::Gelu => block.fc1.run(normed, End::GeluErf(hidden)),
-                vit::Activation::SwiGlu => {
-                    block.fc1.run(normed, End::Store(halves));
-                    swiglu(halves, hidden);
-                }
-            }
-            block.fc2.run(hidden, End::Add(x));
+            self.look(block, x, &mut scratch);
+            attention(&scratch.qkv, self.config.heads, self.config.style.mask(), self.isa, &mut scratch.normed);
+            self.think(block, x, &mut scratch);
             seen(x);
         }
         self.spare.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
+    }
+
+    /// Caches of all blocks for a sequence of up to `tokens` tokens, empty.
+    pub(super) fn caches(&self, tokens: usize) -> Vec<Cache<T>> {
+        let vit::Config { heads, width, .. } = self.config;
+        vec![Cache::new(heads, width / heads, tokens, self.isa); self.blocks.len()]
+    }
+
+    /// Every block in turn, on the next token of each of B sequences, `[B, D]`: what [`Vit::run`] with a causal mask gives them
+    /// among the tokens before, bit for bit.
+    pub(super) fn step(&self, x: &mut Matrix<f32>, sequences: &mut [&mut Vec<Cache<T>>]) {
+        let mut scratch = self.scratch(x.rows());
+        for (i, block) in self.blocks.iter().enumerate() {
+            self.look(block, x, &mut scratch);
+            let attend = |(row, caches): (usize, &mut &mut Vec<Cache<T>>)| {
+                let mut out = vec![T::default(); self.config.width];
+                caches[i].attend(&scratch.qkv, row, &mut out);
+                out
+            };
+            let found: Vec<Vec<T>> = sequences.par_iter_mut().enumerate().map(attend).collect();
+            for (row, found) in found.iter().enumerate() {
+                scratch.normed.row_mut(row).copy_from_slice(found);
+            }
+            self.think(block, x, &mut scratch);
+        }
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
+    }
+
+    /// A block's q, k and v.
+    fn look(&self, block: &Block<T>, x: &Matrix<f32>, Scratch { normed, qkv, .. }: &mut Scratch<T>) {
+        block.norm1.run(x, normed);
+        block.qkv.run(normed, End::Store(qkv));
+        if let Some((q, k)) = &block.qk_norms {
+            rms_norm_columns(qkv, 0, &q.weight, q.eps);
+            rms_norm_columns(qkv, self.config.width, &k.weight, k.eps);
+        }
+    }
+
+    /// What a block does with what attention found, which is in `normed`.
+    fn think(&self, block: &Block<T>, x: &mut Matrix<f32>, scratch: &mut Scratch<T>) {
+        let Scratch { normed, hidden, halves, .. } = scratch;
+        block.out.run(normed, End::Add(x));
+        block.norm2.run(x, normed);
+        match self.config.style.activation {
+            vit::Activation::GeluTanh => block.fc1.run(normed, End::Gelu(hidden)),
+            vit::Activation::Gelu => block.fc1.run(normed, End::GeluErf(hidden)),
+            vit::Activation::SwiGlu => {
+                block.fc1.run(normed, End::Store(halves));
+                swiglu(halves, hidden);
+            }
+        }
+        block.fc2.run(hidden, End::Add(x));
     }
 
     fn scratch(&self, n: usize) -> Scratch<T> {

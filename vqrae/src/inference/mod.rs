@@ -8,18 +8,23 @@
 //! same bits alone, in any batch, and on any number of threads.
 //!
 //! A stage is read when it is first needed: to tokenize takes no memory for the decoder.
+//!
+//! What is public are its parts, for other networks of the same blocks: see [`Blocks`].
 
+mod blocks;
 mod fusion;
 mod layers;
 mod stages;
 
 use std::sync::OnceLock;
 
+pub use blocks::{Blocks, Dense, LayerNorm, Sequence};
 use candle_core::{DType, Device, Result, Tensor};
 use fusion::Fusion;
 use rayon::prelude::*;
 use stages::{Decoder, Encoder, Quantizer, States, array, narrowed, tensor};
-use vqrae_kernels::cpu::{Element, Isa, Matrix};
+pub use vqrae_kernels::cpu::{Bf16, Element};
+use vqrae_kernels::cpu::{Isa, Matrix};
 
 use crate::latent::{Latent, Rows};
 use crate::model::Config;
