@@ -28,7 +28,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    bench, cache, codebook, convert, eval, export, features, init, inspect, reconstruct, tokenize, train, verify,
+    bench, cache, codebook, convert, eval, export, features, generate, init, inspect, reconstruct, tokenize, train,
+    verify,
 };
 use crate::report::{Exit, LogFormat};
 
@@ -55,6 +56,7 @@ enum Command {
     Reconstruct(reconstruct::Args),
     Eval(eval::Args),
     Features(features::Args),
+    Generate(generate::Args),
     Inspect(inspect::Args),
     Codebook(codebook::Args),
     Init(init::Args),
@@ -83,6 +85,7 @@ fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Reconstruct(args) => reconstruct::execute(args),
         Command::Eval(args) => eval::execute(args),
         Command::Features(args) => features::execute(args),
+        Command::Generate(args) => generate::execute(args),
         Command::Inspect(args) => inspect::execute(args),
         Command::Codebook(args) => codebook::execute(args),
         Command::Init(args) => init::execute(args),

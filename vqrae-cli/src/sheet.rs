@@ -5,6 +5,9 @@ use vqrae::image::Rgb;
 /// Images on one sheet; what is more is left out, and said so.
 pub(crate) const MOST: usize = 32;
 
+/// Images on one sheet where each stands alone.
+pub(crate) const MOST_ALONE: usize = 64;
+
 /// White pixels between the images of one triplet, and around each triplet.
 const GAP: usize = 4;
 
@@ -27,6 +30,19 @@ pub(crate) fn compose(pairs: &[(Rgb, Rgb)]) -> Option<Rgb> {
         for (cell, image) in [original, reconstruction, &error].into_iter().enumerate() {
             paste(&mut sheet, image, x + cell * (w + GAP), y);
         }
+    }
+    Some(sheet)
+}
+
+/// Lays out images row by row, about as many across as down; `None` for no images.
+pub(crate) fn grid(images: &[Rgb]) -> Option<Rgb> {
+    let h = images.iter().map(|image| image.height).max()? + GAP;
+    let w = images.iter().map(|image| image.width).max()? + GAP;
+    let across = (images.len() as f64).sqrt().ceil() as usize;
+    let (width, height) = (across * w + GAP, images.len().div_ceil(across) * h + GAP);
+    let mut sheet = Rgb { width, height, data: vec![255; 3 * width * height] };
+    for (i, image) in images.iter().enumerate() {
+        paste(&mut sheet, image, i % across * w + GAP, i / across * h + GAP);
     }
     Some(sheet)
 }

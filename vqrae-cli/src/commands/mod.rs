@@ -7,6 +7,7 @@ pub(crate) mod convert;
 pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod features;
+pub(crate) mod generate;
 pub(crate) mod init;
 pub(crate) mod inspect;
 pub(crate) mod reconstruct;
