@@ -94,7 +94,8 @@ fn main() -> anyhow::Result<()> {
     let output = words.next().unwrap_or_else(|| std::env::temp_dir().join("stage_two"));
     let begin = Instant::now();
     let [train, held_out] = split(&photos, &output)?;
-    eprintln!("{} photos of {} classes, {} held out", train.labels.len(), train.classes, held_out.labels.len());
+    let [known, asked] = [&train.labels, &held_out.labels];
+    eprintln!("{} photos of {} classes, {} held out", known.numbers.len(), known.classes, asked.numbers.len());
 
     // The tokenizer before any stage: an encoder that knows the classes, a fresh quantizer, a fresh decoder.
     let recipe = output.join("recipe.toml");
@@ -130,15 +131,13 @@ fn main() -> anyhow::Result<()> {
             "| {name} | {:.2} | {:.3} | {:.1} | {:.1} | {:.1} | {:.1} |",
             queries.psnr,
             cosine(&teacher.features, &queries.features)?,
-            nearest(&index.pooled, &train, &queries.pooled, &held_out)?,
-            probe(&index.pooled, &train, &queries.pooled, &held_out)?,
-            nearest(&gallery.pooled, &train, &queries.pooled, &held_out)?,
-            probe(&gallery.pooled, &train, &queries.pooled, &held_out)?,
+            nearest(&index.pooled, known, &queries.pooled, asked)?,
+            probe(&index.pooled, known, &queries.pooled, asked)?,
+            nearest(&gallery.pooled, known, &queries.pooled, asked)?,
+            probe(&gallery.pooled, known, &queries.pooled, asked)?,
         );
     }
-    let of_class = |class| held_out.labels.iter().filter(|&&label| label == class).count();
-    let most = (0..train.classes as u32).map(of_class).max().unwrap_or_default();
-    let chance = 100.0 * most as f64 / held_out.labels.len() as f64;
+    let chance = held_out.labels.largest();
     println!("\nThe largest class is {chance:.1} % of the photos held out. {:.0} s.", begin.elapsed().as_secs_f64());
     Ok(())
 }
@@ -153,7 +152,7 @@ fn learn_classes(config: &train::Config, train: &Labelled) -> anyhow::Result<Ten
     let (encoder, size, preprocessor) = (&config.model.encoder, config.train.batch_size, preprocessor(config));
     let sizes = Sizes::of(preprocessor.size, &config.model.config())?;
     let mut learner = Learner::new(1.5e-3, steps, |vb| {
-        let head = Linear::load(vb.pp("head"), encoder.width(), train.classes)?;
+        let head = Linear::load(vb.pp("head"), encoder.width(), train.labels.classes)?;
         Ok((Encoder::load(vb.pp("encoder"), encoder)?, head))
     })?;
     let mut crops = Crops::new(&train.photos, &preprocessor, config.train.crop, config.train.seed);
@@ -161,7 +160,7 @@ fn learn_classes(config: &train::Config, train: &Labelled) -> anyhow::Result<Ten
     for step in 0..steps {
         let batch = crops.batch(step * size, size, sizes)?;
         let pixels = Tensor::from_vec(batch.inputs, (size, 3, sizes.input.0, sizes.input.1), &Device::Cpu)?;
-        let labels: Vec<u32> = batch.photos.iter().map(|&photo| train.labels[photo]).collect();
+        let labels: Vec<u32> = batch.photos.iter().map(|&photo| train.labels.numbers[photo]).collect();
         let (encoder, head) = &learner.layers;
         let logits = head.forward(&encoder.forward(&pixels)?.mean(1)?)?;
         sum += learner.step(step, &logits, &Tensor::new(labels, &Device::Cpu)?)?;

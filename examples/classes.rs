@@ -9,14 +9,29 @@ use vqrae::train::data::Photos;
 /// Side to which photos are brought once, for crops to be cut from.
 const SIDE: usize = 80;
 
+/// The classes of photos.
+pub struct Labels {
+    /// The number of each photo's class.
+    pub numbers: Vec<u32>,
+    /// How many classes there are.
+    pub classes: usize,
+}
+
+impl Labels {
+    /// How many of a hundred photos are of the largest class.
+    pub fn largest(&self) -> f64 {
+        let of_class = |class| self.numbers.iter().filter(|&&number| number == class).count();
+        let most = (0..self.classes as u32).map(of_class).max().unwrap_or_default();
+        100.0 * most as f64 / self.numbers.len() as f64
+    }
+}
+
 /// Photos whose classes are known.
 pub struct Labelled {
     /// Where they are.
     pub photos: Photos,
-    /// The number of each photo's class.
-    pub labels: Vec<u32>,
-    /// How many classes there are.
-    pub classes: usize,
+    /// What they show.
+    pub labels: Labels,
 }
 
 /// Writes the photos, brought to [`SIDE`], to `OUTPUT/photos/{train,held-out}/CLASS`, and lists both.
@@ -37,8 +52,8 @@ pub fn split(place: &Path, output: &Path) -> anyhow::Result<[Labelled; 2]> {
         let photos = Photos::list(std::slice::from_ref(folder))?;
         let label = |i| class(photos.path(i).strip_prefix(folder).ok()?);
         let number = |class: String| classes.keys().position(|name| *name == class);
-        let labels = (0..photos.len()).filter_map(|i| Some(number(label(i)?)? as u32)).collect();
-        Ok::<_, vqrae::Error>(Labelled { photos, labels, classes: classes.len() })
+        let numbers = (0..photos.len()).filter_map(|i| Some(number(label(i)?)? as u32)).collect();
+        Ok::<_, vqrae::Error>(Labelled { photos, labels: Labels { numbers, classes: classes.len() } })
     };
     Ok([list(&folders[0])?, list(&folders[1])?])
 }

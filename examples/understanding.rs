@@ -10,7 +10,7 @@ use vqrae::train::schedule::Rate;
 use vqrae::weights::{Fresh, Tensors};
 use vqrae::{DType, Device, Tensor};
 
-use crate::classes::Labelled;
+use crate::classes::Labels;
 
 /// Neighbours that vote.
 const NEIGHBOURS: usize = 15;
@@ -50,7 +50,7 @@ impl<T> Learner<T> {
 }
 
 /// Vectors of length one.
-fn unit(x: &Tensor) -> candle_core::Result<Tensor> {
+pub fn unit(x: &Tensor) -> candle_core::Result<Tensor> {
     x.broadcast_div(&x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?)
 }
 
@@ -63,25 +63,25 @@ pub fn cosine(a: &Tensor, b: &Tensor) -> candle_core::Result<f32> {
 ///
 /// # Shapes
 /// - gallery, queries: `[M, D]`, a row a photo of `known`, of `asked`
-pub fn nearest(gallery: &Tensor, known: &Labelled, queries: &Tensor, asked: &Labelled) -> anyhow::Result<f64> {
+pub fn nearest(gallery: &Tensor, known: &Labels, queries: &Tensor, asked: &Labels) -> anyhow::Result<f64> {
     let similar = unit(queries)?.matmul(&unit(gallery)?.t()?)?.to_vec2::<f32>()?;
     let vote = |row: &Vec<f32>| {
         let mut order: Vec<usize> = (0..row.len()).collect();
         order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
         let mut votes = vec![0.0; known.classes];
-        order.iter().take(NEIGHBOURS).for_each(|&i| votes[known.labels[i] as usize] += row[i]);
+        order.iter().take(NEIGHBOURS).for_each(|&i| votes[known.numbers[i] as usize] += row[i]);
         votes
     };
     Ok(right(similar.iter().map(vote), asked))
 }
 
 /// In how many of a hundred photos a linear layer that was trained on the gallery is right; shapes as in [`nearest`].
-pub fn probe(gallery: &Tensor, known: &Labelled, queries: &Tensor, asked: &Labelled) -> anyhow::Result<f64> {
+pub fn probe(gallery: &Tensor, known: &Labels, queries: &Tensor, asked: &Labels) -> anyhow::Result<f64> {
     const STEPS: usize = 300;
     let (mean, width) = (gallery.mean_keepdim(0)?, gallery.dim(1)?);
     let deviation = gallery.broadcast_sub(&mean)?.sqr()?.mean_keepdim(0)?.sqrt()?;
     let scale = |x: &Tensor| x.broadcast_sub(&mean)?.broadcast_div(&deviation);
-    let (gallery, labels) = (scale(gallery)?, Tensor::new(&known.labels[..], &Device::Cpu)?);
+    let (gallery, labels) = (scale(gallery)?, Tensor::new(&known.numbers[..], &Device::Cpu)?);
     let mut learner = Learner::new(1e-2, STEPS, |vb| Linear::load(vb, width, known.classes))?;
     for step in 0..STEPS {
         let logits = learner.layers.forward(&gallery)?;
@@ -92,8 +92,8 @@ pub fn probe(gallery: &Tensor, known: &Labelled, queries: &Tensor, asked: &Label
 }
 
 /// In how many of a hundred photos the highest score is that of the photo's class.
-fn right(scores: impl Iterator<Item = Vec<f32>>, asked: &Labelled) -> f64 {
+fn right(scores: impl Iterator<Item = Vec<f32>>, asked: &Labels) -> f64 {
     let best = |scores: &[f32]| (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b]));
-    let right = scores.zip(&asked.labels).filter(|(scores, label)| best(scores) == Some(**label as usize));
-    100.0 * right.count() as f64 / asked.labels.len() as f64
+    let right = scores.zip(&asked.numbers).filter(|(scores, label)| best(scores) == Some(**label as usize));
+    100.0 * right.count() as f64 / asked.numbers.len() as f64
 }
