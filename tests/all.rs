@@ -7,6 +7,7 @@ mod encoders;
 mod features;
 mod folders;
 mod gan;
+mod generators;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod gradients;

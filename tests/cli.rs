@@ -4,6 +4,7 @@ mod devices;
 mod eval;
 #[cfg(feature = "parquet")]
 mod export;
+mod generate;
 mod resolutions;
 #[cfg(feature = "parquet")]
 mod shards;
