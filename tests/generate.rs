@@ -70,6 +70,15 @@ fn images_follow_from_seed_and_number_whatever_the_batch_and_a_stopped_run_goes_
 }
 
 #[test]
+fn inspect_says_what_a_generator_is() {
+    let run = bench().run("inspect by-rows --json");
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    let facts: Value = serde_json::from_str(&run.stdout).expect("JSON");
+    assert_eq!((&facts["kind"], &facts["classes"]), (&"autoregressive".into(), &serde_json::json!(["boots", "hats"])));
+    assert!(facts["parameters"].as_u64() > Some(64), "{facts}");
+}
+
+#[test]
 fn inpainting_keeps_the_codes_outside_the_mask() {
     let bench = bench();
     let mut mask = Rgb { width: SIDE, height: SIDE, data: vec![0; 3 * SIDE * SIDE] };

@@ -20,7 +20,12 @@ pub struct Image<'a, R> {
 ///
 /// # Panics
 /// When there are not N codes, or a code or class is beyond the config's: a bug in the caller, not in the input.
-pub fn draw<R: Rng>(generator: &Generator, images: &mut [Image<R>], sampling: &Sampling) {
+pub fn draw<R: Rng + Send>(generator: &Generator, images: &mut [Image<R>], sampling: &Sampling) {
+    // On a thread of the pool: from outside, each of a token's products would wait for a thread to wake.
+    rayon::scope(|_| draw_here(generator, images, sampling));
+}
+
+fn draw_here<R: Rng>(generator: &Generator, images: &mut [Image<R>], sampling: &Sampling) {
     let (n, guided) = (generator.config().tokens(), sampling.is_guided());
     assert!(images.iter().all(|image| image.codes.len() == n), "draw: a code a place");
     let mut drawn: Vec<Drawn> = images.iter().map(|_| generator.begin()).collect();
@@ -46,16 +51,18 @@ pub fn draw<R: Rng>(generator: &Generator, images: &mut [Image<R>], sampling: &S
 
 /// [`draw`] without keys and values kept, each code by a pass over all before it: the same codes, more slowly. For tests and
 /// benchmarks.
-pub fn draw_uncached<R: Rng>(generator: &Generator, image: &mut Image<R>, sampling: &Sampling) {
-    let mut inputs = vec![UNKNOWN];
-    for place in 0..image.codes.len() {
-        let mut scores = generator.scores(&inputs, image.class, &[place]);
-        if sampling.is_guided() {
-            sampling.guide(&mut scores, &generator.scores(&inputs, None, &[place]));
+pub fn draw_uncached<R: Rng + Send>(generator: &Generator, image: &mut Image<R>, sampling: &Sampling) {
+    rayon::scope(|_| {
+        let mut inputs = vec![UNKNOWN];
+        for place in 0..image.codes.len() {
+            let mut scores = generator.scores(&inputs, image.class, &[place]);
+            if sampling.is_guided() {
+                sampling.guide(&mut scores, &generator.scores(&inputs, None, &[place]));
+            }
+            settle(image, place, &mut scores, sampling);
+            inputs.push(image.codes[place]);
         }
-        settle(image, place, &mut scores, sampling);
-        inputs.push(image.codes[place]);
-    }
+    });
 }
 
 /// Draws the code of a place; one that is known costs its draw all the same, so that what follows is the same.

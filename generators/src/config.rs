@@ -142,6 +142,12 @@ impl Config {
         })
     }
 
+    /// Whether a folder claims to be a generator's.
+    pub fn is(folder: &Path) -> bool {
+        let json = || serde_json::from_slice::<serde_json::Value>(&std::fs::read(folder.join(FILE)).ok()?).ok();
+        json().is_some_and(|json| json["model_type"] == MODEL_TYPE)
+    }
+
     /// Reads `config.json` of a folder.
     ///
     /// # Errors

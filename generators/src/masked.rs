@@ -45,7 +45,17 @@ impl Default for Plan {
 ///
 /// # Panics
 /// When there are not N codes, or a code or class is beyond the config's: a bug in the caller, not in the input.
-pub fn draw(generator: &Generator, class: Option<usize>, codes: &mut [u32], plan: &Plan, random: &mut impl Rng) {
+pub fn draw<R: Rng + Send>(
+    generator: &Generator,
+    class: Option<usize>,
+    codes: &mut [u32],
+    plan: &Plan,
+    random: &mut R,
+) {
+    rayon::scope(|_| draw_here(generator, class, codes, plan, random));
+}
+
+fn draw_here(generator: &Generator, class: Option<usize>, codes: &mut [u32], plan: &Plan, random: &mut impl Rng) {
     assert_eq!(codes.len(), generator.config().tokens(), "draw: a code a place");
     let all = codes.iter().filter(|&&code| code == UNKNOWN).count();
     for step in 0..plan.steps.max(1) {

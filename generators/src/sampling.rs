@@ -64,23 +64,47 @@ impl Sampling {
             keep(scores, self.top_k, f64::INFINITY);
         }
         if self.top_p < 1.0 {
-            let all: f64 = scores.iter().map(|&x| f64::from(x)).sum();
-            keep(scores, scores.len(), all * f64::from(self.top_p));
+            keep(scores, scores.len(), total(scores) * f64::from(self.top_p));
         }
-        let all: f64 = scores.iter().map(|&x| f64::from(x)).sum();
-        let mut left = uniform * all;
-        let mut chosen = 0;
-        for (code, &weight) in scores.iter().enumerate() {
-            if weight > 0.0 {
-                chosen = code;
-                left -= f64::from(weight);
-                if left < 0.0 {
-                    break;
-                }
-            }
-        }
+        let all = total(scores);
+        let chosen = at(scores, uniform * all);
         (chosen as u32, (f64::from(scores[chosen]) / all) as f32)
     }
+}
+
+/// Weights of which the sums are kept together.
+const PIECE: usize = 128;
+
+/// The sum of weights, piece after piece.
+fn total(weights: &[f32]) -> f64 {
+    weights.chunks(PIECE).map(|piece| f64::from(add(piece))).sum()
+}
+
+/// The weight that holds the place `left` when they are laid end to end; the last that is not zero, where rounding goes beyond.
+fn at(weights: &[f32], mut left: f64) -> usize {
+    let mut last = 0;
+    for (piece, weights) in weights.chunks(PIECE).enumerate() {
+        let sum = f64::from(add(weights));
+        if sum > 0.0 {
+            last = piece;
+            if left < sum {
+                break;
+            }
+            left -= sum;
+        }
+    }
+    let first = last * PIECE;
+    let mut chosen = first;
+    for (i, &weight) in weights[first..].iter().take(PIECE).enumerate() {
+        if weight > 0.0 {
+            chosen = first + i;
+            left -= f64::from(weight);
+            if left < 0.0 {
+                break;
+            }
+        }
+    }
+    chosen
 }
 
 /// What one image draws from: a function of the seed and of the image's number alone.
@@ -127,6 +151,10 @@ vectorised! {
         }
     }
 
+    fn add(values: &[f32]) -> f32 {
+        vqrae_kernels::vector::sum(values, values, |x, _| x)
+    }
+
     fn blend(scores: &mut [f32], free: &[f32], guidance: f32) {
         for (score, &free) in scores.iter_mut().zip(free) {
             *score = free + guidance * (*score - free);
@@ -171,6 +199,17 @@ mod tests {
         assert_shares(Sampling { top_p: 0.69, ..sampling }, [0.0, 0.0, 3.0 / 7.0, 4.0 / 7.0]);
         assert_shares(Sampling { top_p: 0.39, ..sampling }, [0.0, 0.0, 0.0, 1.0]);
         assert_shares(Sampling { temperature: 0.0, ..sampling }, [0.0, 0.0, 0.0, 1.0]);
+    }
+
+    #[test]
+    fn places_fall_into_weights_whatever_the_piece() {
+        let mut weights = vec![0.0; 3 * PIECE];
+        for (i, weight) in [(3, 1.0), (200, 2.0), (201, 1.0), (300, 4.0)] {
+            weights[i] = weight;
+        }
+        assert_eq!(total(&weights), 8.0);
+        let chosen = [0.0, 0.9, 1.0, 2.9, 3.5, 4.0, 7.9, 8.0].map(|place| at(&weights, place));
+        assert_eq!(chosen, [3, 3, 200, 200, 201, 300, 300, 300]);
     }
 
     #[test]

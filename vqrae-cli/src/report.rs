@@ -113,8 +113,10 @@ fn flatten(name: &str, value: &Value, lines: &mut Vec<(String, String)>) {
             }
         }
         Value::Array(items) => {
+            // Numbers are sizes, words a list.
+            let between = if items.iter().all(Value::is_number) { " x " } else { ", " };
             let items: Vec<_> = items.iter().map(plain).collect();
-            lines.push((name.to_string(), items.join(" x ")));
+            lines.push((name.to_string(), items.join(between)));
         }
         other => lines.push((name.to_string(), plain(other))),
     }
@@ -534,7 +536,8 @@ mod tests {
 
     #[test]
     fn facts_are_shown_one_a_line() {
-        let facts = serde_json::json!({ "id": "0f", "grid": [2, 3], "config": { "encoder": { "width": 64 } } });
-        assert_eq!(table(&facts), "config.encoder.width  64\ngrid                  2 x 3\nid                    0f");
+        let facts =
+            serde_json::json!({ "names": ["a", "b"], "grid": [2, 3], "config": { "encoder": { "width": 64 } } });
+        assert_eq!(table(&facts), "config.encoder.width  64\ngrid                  2 x 3\nnames                 a, b");
     }
 }

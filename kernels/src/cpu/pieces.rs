@@ -16,8 +16,10 @@ pub(super) const SUMS: usize = ROWS * PANELS * PANEL;
 /// Runs `work` on every piece: with room for its sums, its rows and its panels.
 pub(super) fn each(rows: usize, panels: usize, work: impl Fn(&mut [f32], Range<usize>, Range<usize>) + Sync) {
     let pieces = (0..count(rows, panels)).into_par_iter();
+    // No more than there is work for: a single row, a token drawn after another, is little beside so much fresh memory.
+    let sums = rows.min(ROWS) * panels.min(PANELS) * PANEL;
     pieces.for_each_init(
-        || vec![0f32; SUMS],
+        || vec![0f32; sums],
         |sums, piece| {
             let (rows, panels) = extent(piece, rows, panels);
             work(sums, rows, panels);

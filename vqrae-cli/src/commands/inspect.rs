@@ -1,4 +1,4 @@
-//! `inspect`: what a model folder or a code file says about itself.
+//! `inspect`: what a folder of a model or generator, or a code file, says about itself.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -9,20 +9,22 @@ use vqrae::codes::shard::{Layout, Reader, Stats, Tally};
 use vqrae::codes::{CodeSet, Codes, Format};
 use vqrae::image::ResizeMode;
 use vqrae::metrics::CodeCounts;
+use vqrae::weights::Store;
 use vqrae::{Device, Vqrae};
+use vqrae_generators::Config as Generator;
 
 use crate::plan;
 use crate::report::{self, Exit};
 use crate::view::preprocessing;
 
-/// Show what a model folder, a code file or a folder of code files holds
+/// Show what a model folder, a generator's, a code file or a folder of code files holds
 ///
 /// Without a path, the model that ships with the program. Of a folder of code files or shards: how many there are, and how much
 /// of the codebook they use.
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder of a model, or what tokenize wrote: a code file or a folder of them
+    /// Folder of a model or of a generator, or what tokenize wrote: a code file or a folder of them
     path: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
@@ -33,6 +35,7 @@ const EXAMPLES: &str = "\
 Examples:
   vqrae-cli inspect
   vqrae-cli inspect my-model --json
+  vqrae-cli inspect weights/clothes
   vqrae-cli inspect out
   vqrae-cli inspect out/00000.parquet
   vqrae-cli inspect out/codes/cat.jpg.safetensors";
@@ -42,6 +45,7 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
         None => model(&plan::shipped(&Device::Cpu, vqrae::DType::F32)?)?,
         Some(path) if path.is_dir() && CodeSet::is(path) => code_set(path)?,
         Some(path) if path.is_dir() && !path.join("config.json").exists() => code_folder(path)?,
+        Some(path) if path.is_dir() && Generator::is(path) => generator(path)?,
         Some(path) if path.is_dir() => model(&Vqrae::from_pretrained(path, &Device::Cpu, vqrae::DType::F32)?)?,
         Some(path) if Format::of(path).is_some() => codes(path)?,
         Some(path) if path.is_file() && Layout::of(path).is_some() => code_shard(path)?,
@@ -71,6 +75,13 @@ fn model(model: &Vqrae) -> Result<Value> {
     if let Some(naflex) = naflex {
         facts["max_num_patches"] = json!(naflex.max_num_patches);
     }
+    Ok(facts)
+}
+
+fn generator(folder: &Path) -> Result<Value> {
+    let config = Generator::read(folder)?;
+    let mut facts = json!({ "parameters": Store::open(folder)?.parameters() });
+    merge(&mut facts, serde_json::to_value(config)?);
     Ok(facts)
 }
 
