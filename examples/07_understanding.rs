@@ -31,6 +31,8 @@ fn main() -> anyhow::Result<()> {
         Some(model) => Vqrae::from_pretrained(model, &Device::Cpu, DType::F32)?,
         None => Vqrae::shipped(&Device::Cpu, DType::F32)?,
     };
+    anyhow::ensure!(model.codes_per_token() == 1, "{}: a token of this model has several codes", model.id());
+    let codebook = model.codebook()?;
     let classes = classes(&folder.join("features"))?;
     let empty = || Part { labels: Labels { numbers: Vec::new(), classes: classes.len() }, pooled: vec![Vec::new(); 2] };
     let [mut known, mut asked] = [empty(), empty()];
@@ -40,7 +42,8 @@ fn main() -> anyhow::Result<()> {
             let features = features(file, &model)?; // [1,N,D]
             part.labels.numbers.push(number as u32);
             part.pooled[0].push(features.mean(1)?);
-            part.pooled[1].push(model.quantize(&features)?.tokens.mean(1)?);
+            let codes = model.quantize(&features)?.indices.flatten_all()?;
+            part.pooled[1].push(codebook.index_select(&codes, 0)?.mean_keepdim(0)?);
         }
     }
     println!(
@@ -50,7 +53,7 @@ fn main() -> anyhow::Result<()> {
         classes.len()
     );
     println!("|---|---|---|---|");
-    for (i, what) in ["continuous features", "the same, quantised"].into_iter().enumerate() {
+    for (i, what) in ["continuous features", "their codes' vectors"].into_iter().enumerate() {
         let (gallery, queries) = (Tensor::cat(&known.pooled[i], 0)?, Tensor::cat(&asked.pooled[i], 0)?);
         println!(
             "| {what} | {} | {:.1} | {:.1} |",

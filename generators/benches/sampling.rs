@@ -1,7 +1,7 @@
 //! Seconds to draw one image of 256 codes: with keys and values kept, without, and in 12 steps of a masked generator of the same
 //! size. Fresh weights, which take as long as trained ones.
 //!
-//! `cargo bench -p vqrae-generators`
+//! `cargo bench --workspace --bench sampling [-- --json] [--rounds N]`
 
 use std::time::Instant;
 
@@ -14,30 +14,44 @@ use vqrae_generators::network::{Network, UNKNOWN};
 use vqrae_generators::sampling::{Sampling, random};
 use vqrae_generators::{Config, Generator, Kind};
 
-/// Each way so often, in turns; the best counts.
-const ROUNDS: usize = 5;
+/// How it is measured, and told.
+struct Words {
+    /// Each way so often, in turns; the best counts.
+    rounds: usize,
+    /// A line of JSON a row.
+    json: bool,
+}
 
 #[allow(clippy::print_stdout, reason = "a benchmark prints what it measured")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let words: Vec<String> = std::env::args().collect();
+    let after = |name: &str| words.iter().position(|word| word == name).and_then(|i| words.get(i + 1));
+    let rounds = after("--rounds").map_or(Ok(5), |rounds| rounds.parse())?;
+    let words = Words { rounds, json: words.iter().any(|word| word == "--json") };
     let tokenizer = Vqrae::shipped(&Device::Cpu, DType::F32)?;
+    if !words.json {
+        println!(
+            "| numbers | images at a time | without a cache, s an image | with, s | times as fast | masked in 12 steps, s | without ÷ masked |"
+        );
+        println!("|---|---|---|---|---|---|---|");
+    }
     for dtype in [DType::F32, DType::BF16] {
-        println!("{}:", dtype.as_str());
         for images in [1, 8] {
-            run(&tokenizer, dtype, images)?;
+            run(&tokenizer, dtype, images, &words)?;
         }
     }
     Ok(())
 }
 
 #[allow(clippy::print_stdout, reason = "a benchmark prints what it measured")]
-fn run(tokenizer: &Vqrae, dtype: DType, images: usize) -> Result<(), Box<dyn std::error::Error>> {
+fn run(tokenizer: &Vqrae, dtype: DType, images: usize, words: &Words) -> Result<(), Box<dyn std::error::Error>> {
     let sampling = Sampling::default();
     let plan = Plan { sampling, ..Plan::default() };
     let [masked, by_rows] = [Kind::Masked, Kind::Autoregressive].map(|kind| generator(tokenizer, kind, dtype));
     let (masked, by_rows) = (masked?, by_rows?);
     let empty = || vec![vec![UNKNOWN; masked.config().tokens()]; images];
     let mut best = [f64::INFINITY; 3];
-    for _ in 0..ROUNDS {
+    for _ in 0..words.rounds {
         let [mut uncached, mut cached, mut at_once] = [(); 3].map(|()| empty());
         let mut took = [0.0; 3];
         let begin = Instant::now();
@@ -63,13 +77,15 @@ fn run(tokenizer: &Vqrae, dtype: DType, images: usize) -> Result<(), Box<dyn std
         best.iter_mut().zip(took).for_each(|(best, took)| *best = best.min(took));
     }
     let [uncached, cached, at_once] = best.map(|seconds| seconds / images as f64);
-    println!(
-        "  {images} at a time, s an image: without a cache {uncached:.3}, with {cached:.4} ({:.1} times as fast, equal codes), masked in \
-         12 steps {at_once:.4} ({:.2} of the time with a cache, {:.1} times as fast as without)",
-        uncached / cached,
-        at_once / cached,
-        uncached / at_once
-    );
+    let dtype = dtype.as_str();
+    if words.json {
+        println!(
+            "{{\"dtype\":\"{dtype}\",\"images\":{images},\"uncached\":{uncached},\"cached\":{cached},\"masked\":{at_once}}}"
+        );
+    } else {
+        let (cache, steps) = (uncached / cached, uncached / at_once);
+        println!("| {dtype} | {images} | {uncached:.3} | {cached:.4} | {cache:.1} | {at_once:.4} | {steps:.1} |");
+    }
     Ok(())
 }
 
