@@ -22,13 +22,14 @@ mod report;
 mod shards;
 mod sheet;
 mod view;
+mod vocabulary;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    bench, cache, codebook, convert, eval, export, features, init, inspect, reconstruct, tokenize, train, verify,
+    bench, cache, codebook, convert, eval, export, features, init, inspect, reconstruct, tokenize, train, verify, vocab,
 };
 use crate::report::{Exit, LogFormat};
 
@@ -59,6 +60,7 @@ enum Command {
     Codebook(codebook::Args),
     Init(init::Args),
     Convert(convert::Args),
+    Vocab(vocab::Args),
     Export(export::Args),
     Train(train::Args),
     Bench(bench::Args),
@@ -87,6 +89,7 @@ fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Codebook(args) => codebook::execute(args),
         Command::Init(args) => init::execute(args),
         Command::Convert(args) => convert::execute(args),
+        Command::Vocab(args) => vocab::execute(args),
         Command::Export(args) => export::execute(args),
         Command::Train(args) => train::execute(args),
         Command::Bench(args) => bench::execute(args),
