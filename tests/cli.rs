@@ -7,6 +7,8 @@ mod export;
 mod resolutions;
 #[cfg(feature = "parquet")]
 mod shards;
+#[cfg(feature = "parquet")]
+mod vocab;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
