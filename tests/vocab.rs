@@ -409,6 +409,18 @@ fn a_tokenizer_that_is_not_for_these_codes_is_refused() {
         run.says(&["tok/visual_tokens.json: tokens for the codes of model 0f3a (64 codes)", "--codes"]);
         std::fs::remove_dir_all(bench.path(&set)).expect("the set");
     }
+    // A tokenizer that has no digits, and nothing in their stead.
+    let mut mute = tokenizer();
+    mute["model"]["unk_token"] = Value::Null;
+    mute["model"]["vocab"] = json!({ "a": 0 });
+    write_tokenizer(&bench, "mute.json", &mute);
+    bench.run("vocab mute.json -o mute --codes set").exits(0);
+    bench
+        .run(&format!("{export} --tokenizer mute"))
+        .exits(1)
+        .says(&["mute/tokenizer.json", "the size of an image is lost"]);
+    std::fs::remove_dir_all(bench.path("mute")).expect("the folder");
+    std::fs::remove_file(bench.path("mute.json")).expect("the tokenizer");
     let record = bench.bytes("tok/visual_tokens.json");
     bench.write("tok/visual_tokens.json", b"{}");
     bench.run(&format!("{export} --tokenizer tok")).exits(1).says(&["visual_tokens.json: not a record"]);
