@@ -8,6 +8,8 @@ mod generate;
 mod resolutions;
 #[cfg(feature = "parquet")]
 mod shards;
+#[cfg(feature = "parquet")]
+mod vocab;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -12,7 +12,7 @@ use super::*;
 /// What the library of this build writes.
 const LAYOUT: Layout = if cfg!(feature = "parquet") { Layout::Parquet } else { Layout::Jsonl };
 
-fn header(codebook_size: usize, codes_per_token: usize, grid: Option<(usize, usize)>) -> Header {
+pub(super) fn header(codebook_size: usize, codes_per_token: usize, grid: Option<(usize, usize)>) -> Header {
     Header {
         model_id: "0f3a".into(),
         preprocessing: "32x32-squash-bicubic".into(),
@@ -24,7 +24,7 @@ fn header(codebook_size: usize, codes_per_token: usize, grid: Option<(usize, usi
 }
 
 /// An image with codes that no other has; every one has a label and a caption.
-fn row(header: &Header, number: usize, path: &str, view: Option<&str>) -> Row {
+pub(super) fn row(header: &Header, number: usize, path: &str, view: Option<&str>) -> Row {
     let (h, w) = header.grid.unwrap_or((1 + number % 3, 2 + number % 2));
     let code = |i: usize| ((number * 7919 + i * 104_729) % header.codebook_size) as u32;
     Row {
@@ -44,7 +44,7 @@ fn row(header: &Header, number: usize, path: &str, view: Option<&str>) -> Row {
 }
 
 /// `shards` shards of as many rows: photos of a folder each, the second of which is broken.
-fn rows(header: &Header, shards: usize, of: usize) -> Vec<Vec<Row>> {
+pub(super) fn rows(header: &Header, shards: usize, of: usize) -> Vec<Vec<Row>> {
     let one = |shard: usize, i: usize| {
         let (key, path) = (format!("{shard:05}{i:04}"), format!("{shard}/{i:04}.png"));
         match i {
@@ -56,11 +56,11 @@ fn rows(header: &Header, shards: usize, of: usize) -> Vec<Vec<Row>> {
 }
 
 /// The rows that have codes.
-fn with_codes(shards: &[Vec<Row>]) -> Vec<&Row> {
+pub(super) fn with_codes(shards: &[Vec<Row>]) -> Vec<&Row> {
     shards.iter().flatten().filter(|row| row.codes.is_some()).collect()
 }
 
-fn codes(row: &Row) -> Vec<u32> {
+pub(super) fn codes(row: &Row) -> Vec<u32> {
     row.codes.clone().expect("codes")
 }
 
@@ -80,7 +80,7 @@ fn write_shard(bench: &Bench, set: &str, header: &Header, name: &str, count: usi
     tally.stats(name, LAYOUT, "inputs", Some(count), file).write(&folder).expect("statistics");
 }
 
-fn write_set(bench: &Bench, set: &str, header: &Header, shards: &[Vec<Row>]) {
+pub(super) fn write_set(bench: &Bench, set: &str, header: &Header, shards: &[Vec<Row>]) {
     for (i, rows) in shards.iter().enumerate() {
         write_shard(bench, set, header, &format!("{i:05}"), shards.len(), rows);
     }
@@ -89,14 +89,14 @@ fn write_set(bench: &Bench, set: &str, header: &Header, shards: &[Vec<Row>]) {
     manifest.write(&bench.path(set)).expect("a manifest");
 }
 
-fn bench_with(header: &Header, shards: &[Vec<Row>]) -> Bench {
+pub(super) fn bench_with(header: &Header, shards: &[Vec<Row>]) -> Bench {
     let bench = Bench::empty();
     write_set(&bench, "set", header, shards);
     bench
 }
 
 /// Numbers of a little-endian file.
-fn numbers<const N: usize>(bytes: &[u8]) -> Vec<u64> {
+pub(super) fn numbers<const N: usize>(bytes: &[u8]) -> Vec<u64> {
     let (chunks, rest) = bytes.as_chunks::<N>();
     assert!(rest.is_empty(), "{} bytes left over", rest.len());
     let number = |chunk: &[u8; N]| chunk.iter().rev().fold(0u64, |number, &byte| number << 8 | u64::from(byte));
@@ -116,7 +116,7 @@ fn int64s(bytes: &[u8]) -> (Vec<usize>, Vec<u64>) {
     (shape, numbers::<8>(&bytes[10 + length..]))
 }
 
-fn json_of(bytes: &[u8]) -> Value {
+pub(super) fn json_of(bytes: &[u8]) -> Value {
     serde_json::from_slice(bytes).expect("JSON")
 }
 
@@ -125,7 +125,7 @@ fn lines(bytes: &[u8]) -> Vec<Value> {
 }
 
 /// `rows.jsonl` tells the row of every document.
-fn check_row_index(bench: &Bench, out: &str, expected: &[&Row]) {
+pub(super) fn check_row_index(bench: &Bench, out: &str, expected: &[&Row]) {
     let told: Vec<Row> = lines(&bench.bytes(&format!("{out}/rows.jsonl")))
         .into_iter()
         .map(|line| serde_json::from_value(line).expect("a row"))
@@ -135,7 +135,7 @@ fn check_row_index(bench: &Bench, out: &str, expected: &[&Row]) {
 }
 
 /// The documents of a Megatron data set, and the type of its tokens.
-fn megatron(bin: &[u8], idx: &[u8]) -> (u8, Vec<Vec<u64>>) {
+pub(super) fn megatron(bin: &[u8], idx: &[u8]) -> (u8, Vec<Vec<u64>>) {
     assert_eq!(&idx[..9], b"MMIDIDX\0\0");
     assert_eq!(numbers::<8>(&idx[9..17]), [1]);
     let dtype = idx[17];
@@ -480,7 +480,7 @@ fn rows_of(header: &Header) -> Vec<Vec<Row>> {
 
 /// Nothing of an export that failed is left.
 #[track_caller]
-fn leaves_nothing(bench: &Bench, run: Run) -> Run {
+pub(super) fn leaves_nothing(bench: &Bench, run: Run) -> Run {
     let names =
         std::fs::read_dir(bench.path("")).expect("the folder").map(|entry| entry.expect("an entry").file_name());
     let left: Vec<_> = names.filter(|name| name != "set" && name != "model").collect();

@@ -255,12 +255,8 @@ def around(made):
     return words, made.documents(**tokens)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_megatron_index(codes, kind):
-    """megatron/core/datasets/indexed_dataset.py, in numpy."""
-    made = codes(**kind)
-    words, expected = around(made)
-    out, _ = made.export("megatron", *words)
+def megatron(out):
+    """The documents of a folder, as megatron/core/datasets/indexed_dataset.py finds them, in numpy."""
     idx = (out / "codes.idx").read_bytes()
     assert idx[:9] == b"MMIDIDX\x00\x00" and np.frombuffer(idx, np.uint64, 1, 9) == 1
     dtype = {8: np.uint16, 4: np.int32}[idx[17]]
@@ -270,20 +266,23 @@ def test_megatron_index(codes, kind):
     starts = np.frombuffer(idx, np.int64, documents, 34 + lengths.nbytes + pointers.nbytes)
     assert len(idx) == 34 + lengths.nbytes + pointers.nbytes + starts.nbytes and starts.tolist() == list(range(sequences + 1))
     data = np.memmap(out / "codes.bin", mode="r")
-    found = [np.frombuffer(data, dtype, length, pointer) for length, pointer in zip(lengths, pointers)]
-    assert [tokens.tolist() for tokens in found] == [tokens.tolist() for tokens in expected]
+    return [np.frombuffer(data, dtype, length, pointer).tolist() for length, pointer in zip(lengths, pointers)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_datatrove_file(codes, kind):
-    """datatrove/utils/dataset.py and pipeline/tokens/tokenizer.py, in numpy."""
-    made = codes(**kind)
-    words, expected = around(made)
-    out, _ = made.export("datatrove", *words)
+def datatrove(out):
+    """The documents of a folder, as datatrove/utils/dataset.py and pipeline/tokens/tokenizer.py find them, in numpy."""
     tokenizer, count, _ = (out / "codes.ds.metadata").read_text().split("\n")
     name, width = tokenizer.split("|")
     tokens = np.fromfile(out / "codes.ds", {"2": np.uint16, "4": np.uint32}[width])
     ends = np.fromfile(out / "codes.ds.index", np.uint64).astype(int)
     assert name == f"vqrae-{MODEL}" and int(count) == len(tokens) == ends[-1]
-    found = np.split(tokens, ends[:-1])
-    assert [tokens.tolist() for tokens in found] == [tokens.tolist() for tokens in expected]
+    return [document.tolist() for document in np.split(tokens, ends[:-1])]
+
+
+@pytest.mark.parametrize("read, to", [(megatron, "megatron"), (datatrove, "datatrove")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_of_ids(codes, kind, read, to):
+    made = codes(**kind)
+    words, expected = around(made)
+    out, _ = made.export(to, *words)
+    assert read(out) == [tokens.tolist() for tokens in expected]

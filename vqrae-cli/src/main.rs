@@ -22,6 +22,7 @@ mod report;
 mod shards;
 mod sheet;
 mod view;
+mod vocabulary;
 
 use std::process::ExitCode;
 
@@ -29,7 +30,7 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::{
     bench, cache, codebook, convert, eval, export, features, generate, init, inspect, reconstruct, tokenize, train,
-    verify,
+    verify, vocab,
 };
 use crate::report::{Exit, LogFormat};
 
@@ -61,6 +62,7 @@ enum Command {
     Codebook(codebook::Args),
     Init(init::Args),
     Convert(convert::Args),
+    Vocab(vocab::Args),
     Export(export::Args),
     Train(train::Args),
     Bench(bench::Args),
@@ -90,6 +92,7 @@ fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Codebook(args) => codebook::execute(args),
         Command::Init(args) => init::execute(args),
         Command::Convert(args) => convert::execute(args),
+        Command::Vocab(args) => vocab::execute(args),
         Command::Export(args) => export::execute(args),
         Command::Train(args) => train::execute(args),
         Command::Bench(args) => bench::execute(args),

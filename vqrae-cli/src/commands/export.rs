@@ -6,7 +6,7 @@ use anyhow::Result;
 use vqrae::codes::CodeSet;
 
 use crate::interrupts::catch_interrupts;
-use crate::layouts::{Plan, To, Tokens, export};
+use crate::layouts::{Language, Plan, To, Tokens, export};
 use crate::report::{self, Exit};
 
 /// Write code shards as the files that a generator's loader reads
@@ -23,7 +23,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
     /// Whose loader is to read it
-    #[arg(long, value_enum, value_name = "LAYOUT")]
+    #[arg(long, alias = "format", value_enum, value_name = "LAYOUT")]
     to: To,
     /// What files are named after where the loader wants a name: NAME.bin, NAME_codes; default: codes, for LlamaGen imagenet and the
     /// images' side
@@ -40,6 +40,8 @@ pub(crate) struct Args {
     allow_incomplete: bool,
     #[command(flatten, next_help_heading = "Ids (megatron, datatrove, titok-jsonl)")]
     tokens: Tokens,
+    #[command(flatten, next_help_heading = "Text and images (lm)")]
+    language: Language,
 }
 
 const EXAMPLES: &str = "\
@@ -54,6 +56,8 @@ Examples, and what reads the output:
       Megatron-LM, NeMo: --data-path out/megatron/codes; the vocabulary is the text's 32,000, 16,384 codes and an end of row
   vqrae-cli export codes -o out/nanotron --to datatrove --id-offset 49152
       DatatroveFolderDataset(\"out/nanotron\", seq_len=256, token_size=2), nanotron's dataset_folder; 49,152 ids of text and 16,384 codes fit into 16 bits
+  vqrae-cli export codes -o out/lm --to lm --tokenizer with-images --eos '</s>'
+      Megatron-LM, NeMo, or with --as datatrove nanotron: captions and codes as ids of a tokenizer that `vocab` has extended
   vqrae-cli export codes -o out/1x --to 1xgpt --hz 30
       1xgpt: train.py --train_data_dir out/1x; the images of a folder, in the order of their names' bytes, are a clip
   vqrae-cli export codes -o out/wds --to webdataset
@@ -64,10 +68,10 @@ Examples, and what reads the output:
       datasets.load_dataset(\"parquet\", data_files=\"out/clean/*.parquet\"); jsonl: load_dataset(\"json\", …)";
 
 pub(crate) fn execute(args: Args) -> Result<Exit> {
-    let Args { codes, output, to, name, tokens, hz, overwrite, allow_incomplete } = args;
+    let Args { codes, output, to, name, tokens, language, hz, overwrite, allow_incomplete } = args;
     let set = CodeSet::open(&codes)?;
     catch_interrupts()?;
-    let plan = Plan { set: &set, output: &output, to, name, tokens, hz, overwrite, allow_incomplete };
+    let plan = Plan { set: &set, output: &output, to, name, tokens, language, hz, overwrite, allow_incomplete };
     match export(&plan)? {
         Some(summary) => {
             report::data(&summary.to_string());

@@ -14,6 +14,7 @@ pub(crate) mod reconstruct;
 pub(crate) mod tokenize;
 pub(crate) mod train;
 pub(crate) mod verify;
+pub(crate) mod vocab;
 
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,5 @@
 //! datatrove's tokenized file, which nanotron trains on: tokens in `NAME.ds`, where each document ends in `NAME.ds.index`, and
-//! what they are in `NAME.ds.metadata`. One document is one image.
+//! what they are in `NAME.ds.metadata`. One document is one image, or its text and the image.
 //!
 //! ```text
 //! NAME.ds            u16 or u32 a token
@@ -14,7 +14,7 @@ use vqrae::codes::Row;
 
 use super::folder::{Draft, OutFile};
 use super::megatron::little_endian;
-use super::tokens::TokenRule;
+use super::tokens::Documents;
 use super::{Image, Layout, RowIndex, Written};
 
 /// Vocabularies up to this have tokens of 16 bits, as nanotron decides it.
@@ -24,43 +24,43 @@ pub(super) struct Datatrove<'a> {
     draft: &'a Draft,
     name: String,
     tokenizer: String,
-    rule: TokenRule,
+    documents: Documents,
     ds: OutFile,
     ends: OutFile,
-    documents: usize,
+    count: usize,
     tokens: u64,
     index: RowIndex,
 }
 
 impl<'a> Datatrove<'a> {
-    pub(super) fn new(draft: &'a Draft, name: &str, model_id: &str, rule: TokenRule) -> Result<Self> {
+    pub(super) fn new(draft: &'a Draft, name: &str, model_id: &str, documents: Documents) -> Result<Self> {
         // Readers split the line at its only bar.
         let model_id: String = model_id.chars().filter(|letter| !letter.is_control() && *letter != '|').collect();
         Ok(Self {
             draft,
             name: name.to_string(),
             tokenizer: format!("vqrae-{model_id}"),
-            rule,
+            documents,
             ds: draft.create(format!("{name}.ds"))?,
             ends: draft.create(format!("{name}.ds.index"))?,
-            documents: 0,
+            count: 0,
             tokens: 0,
             index: RowIndex::new(draft)?,
         })
     }
 
     fn narrow(&self) -> bool {
-        self.rule.vocab_size() <= NARROW_UP_TO
+        self.documents.rule().vocab_size() <= NARROW_UP_TO
     }
 }
 
 impl Layout for Datatrove<'_> {
     fn add(&mut self, row: &Row, image: &Image) -> Result<()> {
-        let tokens = self.rule.document(image);
+        let tokens = self.documents.of(row, image)?;
         self.ds.put(&little_endian(&tokens, self.narrow()))?;
         self.tokens += tokens.len() as u64;
         self.ends.put(&self.tokens.to_le_bytes())?;
-        self.documents += 1;
+        self.count += 1;
         self.index.add(row)
     }
 
@@ -71,7 +71,7 @@ impl Layout for Datatrove<'_> {
         self.ds.finish()?;
         self.ends.finish()?;
         self.index.finish()?;
-        Ok(Written { tokens: self.tokens, dtype, rule: Some(self.rule), ..Written::of(self.documents) })
+        Ok(self.documents.written(self.count, self.tokens, dtype))
     }
 }
 

@@ -1,5 +1,5 @@
 //! Megatron's indexed data set, which Megatron-LM, NeMo and Megatron Bridge train on: tokens in `NAME.bin`, where each document
-//! begins in `NAME.idx`. One document is one image.
+//! begins in `NAME.idx`. One document is one image, or its text and the image.
 //!
 //! ```text
 //! NAME.idx   "MMIDIDX\0\0", u64 version 1, u8 type of a token (8: uint16, 4: int32), u64 sequences S, u64 S + 1,
@@ -12,7 +12,7 @@ use anyhow::{Result, bail};
 use vqrae::codes::Row;
 
 use super::folder::{Draft, OutFile};
-use super::tokens::TokenRule;
+use super::tokens::Documents;
 use super::{Image, Layout, RowIndex, Written};
 
 /// Vocabularies below this have tokens of 16 bits, as Megatron's own writer decides it.
@@ -24,7 +24,7 @@ const WIDEST: u64 = 1 << 31;
 pub(super) struct Megatron<'a> {
     draft: &'a Draft,
     name: String,
-    rule: TokenRule,
+    documents: Documents,
     bin: OutFile,
     lengths: Vec<i32>,
     tokens: u64,
@@ -32,23 +32,24 @@ pub(super) struct Megatron<'a> {
 }
 
 impl<'a> Megatron<'a> {
-    pub(super) fn new(draft: &'a Draft, name: &str, rule: TokenRule) -> Result<Self> {
-        if rule.vocab_size() > WIDEST {
-            bail!("ids up to {} do not fit into int32, Megatron's widest type of tokens", rule.vocab_size() - 1);
+    pub(super) fn new(draft: &'a Draft, name: &str, documents: Documents) -> Result<Self> {
+        let vocab_size = documents.rule().vocab_size();
+        if vocab_size > WIDEST {
+            bail!("ids up to {} do not fit into int32, Megatron's widest type of tokens", vocab_size - 1);
         }
         let bin = draft.create(format!("{name}.bin"))?;
         let index = RowIndex::new(draft)?;
-        Ok(Self { draft, name: name.to_string(), rule, bin, lengths: Vec::new(), tokens: 0, index })
+        Ok(Self { draft, name: name.to_string(), documents, bin, lengths: Vec::new(), tokens: 0, index })
     }
 
     fn narrow(&self) -> bool {
-        self.rule.vocab_size() < NARROW_BELOW
+        self.documents.rule().vocab_size() < NARROW_BELOW
     }
 }
 
 impl Layout for Megatron<'_> {
     fn add(&mut self, row: &Row, image: &Image) -> Result<()> {
-        let tokens = self.rule.document(image);
+        let tokens = self.documents.of(row, image)?;
         self.bin.put(&little_endian(&tokens, self.narrow()))?;
         self.lengths.push(i32::try_from(tokens.len())?);
         self.tokens += tokens.len() as u64;
@@ -57,14 +58,14 @@ impl Layout for Megatron<'_> {
 
     fn finish(self: Box<Self>) -> Result<Written> {
         let (code, width, dtype) = if self.narrow() { (8u8, 2, "uint16") } else { (4u8, 4, "int32") };
-        let documents = self.lengths.len();
+        let count = self.lengths.len();
         self.bin.finish()?;
         let mut idx = self.draft.create(format!("{}.idx", self.name))?;
         idx.put(b"MMIDIDX\0\0")?;
         idx.put(&1u64.to_le_bytes())?;
         idx.put(&[code])?;
-        idx.put(&(documents as u64).to_le_bytes())?;
-        idx.put(&(documents as u64 + 1).to_le_bytes())?;
+        idx.put(&(count as u64).to_le_bytes())?;
+        idx.put(&(count as u64 + 1).to_le_bytes())?;
         for length in &self.lengths {
             idx.put(&length.to_le_bytes())?;
         }
@@ -73,12 +74,12 @@ impl Layout for Megatron<'_> {
             idx.put(&begin.to_le_bytes())?;
             begin += i64::from(length) * width;
         }
-        for document in 0..=documents as i64 {
+        for document in 0..=count as i64 {
             idx.put(&document.to_le_bytes())?;
         }
         idx.finish()?;
         self.index.finish()?;
-        Ok(Written { tokens: self.tokens, dtype, rule: Some(self.rule), ..Written::of(documents) })
+        Ok(self.documents.written(count, self.tokens, dtype))
     }
 }
 

@@ -9,6 +9,7 @@ mod folder;
 mod genie;
 mod images;
 mod llamagen;
+mod lm;
 mod megatron;
 mod shards;
 mod titok;
@@ -25,8 +26,10 @@ use vqrae::codes::{CodeSet, Format, Manifest, Row};
 use crate::interrupts::interrupted;
 use crate::report::{self, Count};
 use folder::{Draft, OutFile};
-use tokens::{TokenArgs, TokenRule};
+use lm::LmArgs;
+use tokens::{Documents, TokenArgs, TokenRule};
 
+pub(crate) use self::lm::LmArgs as Language;
 pub(crate) use self::tokens::TokenArgs as Tokens;
 
 /// What `export.json` says first.
@@ -53,6 +56,9 @@ pub(crate) enum To {
     /// datatrove, nanotron: NAME.ds, .ds.index and .ds.metadata
     #[value(alias = "nanotron")]
     Datatrove,
+    /// A language model that reads and writes images: text and codes as ids of a tokenizer, in Megatron's or datatrove's files
+    #[value(alias = "llm")]
+    Lm,
     /// 1xgpt: video.bin, segment_ids.bin and metadata.json
     #[value(name = "1xgpt", alias = "genie")]
     Genie,
@@ -82,6 +88,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) to: To,
     pub(crate) name: Option<String>,
     pub(crate) tokens: TokenArgs,
+    pub(crate) language: LmArgs,
     pub(crate) hz: Option<f64>,
     pub(crate) overwrite: bool,
     pub(crate) allow_incomplete: bool,
@@ -120,6 +127,8 @@ struct Written {
     dtype: &'static str,
     /// How codes became ids, where they did.
     rule: Option<TokenRule>,
+    /// What else documents hold.
+    language: Option<Value>,
     /// The views of every document, where there are several.
     views: Vec<String>,
     /// What the user of the reader should know.
@@ -236,15 +245,22 @@ fn missing(set: &CodeSet) -> String {
 fn layout<'a>(plan: &Plan, draft: &'a Draft) -> Result<Box<dyn Layout + 'a>> {
     let manifest = plan.set.manifest();
     let header = &manifest.header;
-    let takes_ids = matches!(plan.to, To::Titok | To::Megatron | To::Datatrove);
-    if !takes_ids {
-        plan.tokens.check_absent(&plan.to.name())?;
+    match plan.to {
+        To::Titok | To::Megatron | To::Datatrove => {}
+        To::Lm => plan.tokens.check_absent("lm takes ids from the tokenizer")?,
+        to => plan.tokens.check_absent(&format!("{} holds codes as they are", to.name()))?,
+    }
+    if plan.to != To::Lm {
+        plan.language.check_absent(&plan.to.name())?;
     }
     if plan.hz.is_some() && plan.to != To::Genie {
         bail!("--hz is for 1xgpt");
     }
     let name = plan.name.as_deref().unwrap_or("codes");
     let rule = || TokenRule::new(&plan.tokens, header);
+    let codes = || Ok::<_, anyhow::Error>(Documents::Codes(rule()?));
+    let megatron = |documents| Ok::<_, anyhow::Error>(Box::new(megatron::Megatron::new(draft, name, documents)?));
+    let datatrove = |documents| datatrove::Datatrove::new(draft, name, &header.model_id, documents).map(Box::new);
     let shards = |layout| Box::new(shards::Shards::new(draft, manifest, layout));
     Ok(match plan.to {
         To::LlamagenC2i => {
@@ -253,8 +269,15 @@ fn layout<'a>(plan: &Plan, draft: &'a Draft) -> Result<Box<dyn Layout + 'a>> {
         }
         To::LlamagenT2i => Box::new(llamagen::TextToImage::new(draft)),
         To::Titok => Box::new(titok::Titok::new(draft, name, rule()?)?),
-        To::Megatron => Box::new(megatron::Megatron::new(draft, name, rule()?)?),
-        To::Datatrove => Box::new(datatrove::Datatrove::new(draft, name, &header.model_id, rule()?)?),
+        To::Megatron => megatron(codes()?)?,
+        To::Datatrove => datatrove(codes()?)?,
+        To::Lm => {
+            let documents = Documents::Interleaved(Box::new(lm::Interleaved::new(&plan.language, header)?));
+            match plan.language.files() {
+                lm::Files::Megatron => megatron(documents)?,
+                lm::Files::Datatrove => datatrove(documents)?,
+            }
+        }
         To::Genie => Box::new(genie::Genie::new(draft, header, plan.hz)?),
         To::WebDataset => shards(shard::Layout::WebDataset),
         To::Jsonl => shards(shard::Layout::Jsonl),
@@ -295,11 +318,18 @@ fn record(plan: &Plan, written: &Written, left_out: usize) -> Value {
     });
     if let Some(rule) = &written.rule {
         record["ids"] = json!(rule);
-        record["undo"] = match written.rule.as_ref().is_some_and(TokenRule::separates_codebooks) {
-            true => "leave out begin, row_end and end; code of codebook j = id - id_offset - j * codebook_size",
-            false => "leave out begin, row_end and end; code = id - id_offset",
-        }
-        .into();
+        let which = match written.language {
+            Some(_) => "of ids from id_offset to the last of visual_tokens.codes",
+            None => "leave out begin, row_end and end",
+        };
+        let code = match rule.separates_codebooks() {
+            true => "code of codebook j = id - id_offset - j * codebook_size",
+            false => "code = id - id_offset",
+        };
+        record["undo"] = format!("{which}; {code}").into();
+    }
+    if let Some(language) = &written.language {
+        record["language"] = language.clone();
     }
     if !written.views.is_empty() {
         record["views"] = json!(written.views);

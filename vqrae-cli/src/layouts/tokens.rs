@@ -2,9 +2,11 @@
 
 use anyhow::{Result, bail};
 use serde::Serialize;
-use vqrae::codes::Header;
+use vqrae::codes::{Header, Row};
 
-use super::Image;
+use super::lm::Interleaved;
+use super::{Image, Written};
+use crate::vocabulary::VisualTokens;
 
 /// How codes become ids, for layouts that hold a list of tokens an image: megatron, datatrove, titok-jsonl
 #[derive(clap::Args, Debug, Clone, PartialEq, Eq)]
@@ -31,15 +33,15 @@ pub(crate) struct TokenArgs {
 }
 
 impl TokenArgs {
-    /// Refuses them for a layout that takes codes as they are.
-    pub(crate) fn check_absent(&self, layout: &str) -> Result<()> {
+    /// Refuses them for a layout that has no use for them, for the reason that is given.
+    pub(crate) fn check_absent(&self, reason: &str) -> Result<()> {
         let plain =
             Self { id_offset: 0, separate_codebooks: false, row_end: None, begin: None, end: None, vocab_size: None };
         if *self == plain {
             return Ok(());
         }
         bail!(
-            "{layout} holds codes as they are: --id-offset, --separate-codebooks, --row-end, --begin, --end and --vocab-size are \
+            "{reason}: --id-offset, --separate-codebooks, --row-end, --begin, --end and --vocab-size are \
              for megatron, datatrove and titok-jsonl"
         )
     }
@@ -101,6 +103,19 @@ impl TokenRule {
         })
     }
 
+    /// For a tokenizer that has visual tokens, of `vocab_size` ids in all.
+    pub(super) fn of_vocabulary(visual: &VisualTokens, vocab_size: u64, header: &Header) -> Result<Self> {
+        let args = TokenArgs {
+            id_offset: visual.codes.first_id,
+            separate_codebooks: header.codes_per_token > 1,
+            row_end: Some(visual.row_end.id),
+            begin: None,
+            end: Some(visual.image_end.id),
+            vocab_size: u32::try_from(vocab_size).ok(),
+        };
+        Self::new(&args, header)
+    }
+
     /// Ids of the vocabulary: one more than the largest that can occur, unless the user named more.
     pub(crate) fn vocab_size(&self) -> u64 {
         self.vocab_size
@@ -127,6 +142,45 @@ impl TokenRule {
         }
         tokens.extend(self.end);
         tokens
+    }
+}
+
+/// What the rows of a set become where a document is a list of ids.
+pub(super) enum Documents {
+    /// The codes of an image, and what stands around them.
+    Codes(TokenRule),
+    /// The text of a row and its image.
+    Interleaved(Box<Interleaved>),
+}
+
+impl Documents {
+    /// How codes become ids.
+    pub(super) fn rule(&self) -> &TokenRule {
+        match self {
+            Self::Codes(rule) => rule,
+            Self::Interleaved(interleaved) => interleaved.rule(),
+        }
+    }
+
+    /// The ids of a row.
+    pub(super) fn of(&mut self, row: &Row, image: &Image) -> Result<Vec<u32>> {
+        match self {
+            Self::Codes(rule) => Ok(rule.document(image)),
+            Self::Interleaved(interleaved) => interleaved.document(row, image),
+        }
+    }
+
+    /// What was written, when `count` documents of `tokens` ids of a type were.
+    pub(super) fn written(self, count: usize, tokens: u64, dtype: &'static str) -> Written {
+        let rule = Some(self.rule().clone());
+        let (language, notes) = match self {
+            Self::Codes(_) => (None, Vec::new()),
+            Self::Interleaved(interleaved) => {
+                let (record, notes) = interleaved.record();
+                (Some(record), notes)
+            }
+        };
+        Written { tokens, dtype, rule, language, notes, ..Written::of(count) }
     }
 }
 
