@@ -31,6 +31,7 @@ struct Set {
 }
 
 impl Set {
+    #[allow(clippy::print_stderr, reason = "an example says how far it is")]
     fn new(inception: &Inception, what: &str, images: Vec<Rgb>) -> anyhow::Result<Self> {
         /// Images at a time.
         const BATCH: usize = 8;

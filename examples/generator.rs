@@ -11,7 +11,7 @@ use vqrae_generators::{Config, Generator, Kind, generator, likelihood};
 /// Of so many photos of a class one is kept apart.
 pub const APART: usize = 10;
 
-/// What was asked for: `CODES OUT [STEPS]`.
+/// What was asked for: `CODES OUT [STEPS] [MORE]`.
 pub struct Words {
     /// The folder of codes.
     pub codes: PathBuf,
@@ -19,6 +19,8 @@ pub struct Words {
     pub output: PathBuf,
     /// Steps of the training.
     pub steps: usize,
+    /// What an example of its own asks.
+    pub more: Option<String>,
 }
 
 impl Words {
@@ -29,11 +31,13 @@ impl Words {
             anyhow::bail!("say where codes are and where the generator goes: CODES OUT [STEPS]");
         };
         let wish = words.next().map(|word| word.to_string_lossy().parse()).transpose()?;
-        Ok(Self { codes: codes.into(), output: output.into(), steps: wish.unwrap_or(steps) })
+        let more = words.next().map(|word| word.to_string_lossy().into_owned());
+        Ok(Self { codes: codes.into(), output: output.into(), steps: wish.unwrap_or(steps), more })
     }
 }
 
 /// Trains a generator of a kind on codes of the shipped model, and prints how well it expects codes.
+#[allow(clippy::print_stderr, reason = "an example says how far it is")]
 pub fn learn(words: &Words, kind: Kind, recipe: &Recipe) -> anyhow::Result<Generator> {
     let tokenizer = Vqrae::shipped(&Device::Cpu, DType::F32)?;
     let [train, apart] = Sequences::read(&words.codes, APART)?;
