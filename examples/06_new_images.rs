@@ -1,9 +1,9 @@
 //! Are new images like the photos, and are they new? Fréchet distances, and each image's nearest photo of the training.
 //!
-//! `cargo run --release --workspace --example 06_new_images -- IMAGES CODES PHOTOS INCEPTION OUT`
+//! `cargo run --release --workspace --example 06_new_images -- CODES PHOTOS INCEPTION OUT IMAGES…`
 //!
-//! IMAGES: what `vqrae-cli generate` wrote (OUT/images). CODES: what the generator was trained on, made of the photos below
-//! PHOTOS. INCEPTION: `python weights/convert_inception.py INCEPTION`.
+//! CODES: what the generator was trained on, made of the photos below PHOTOS. INCEPTION: `python weights/convert_inception.py
+//! INCEPTION`. IMAGES: what `vqrae-cli generate` wrote (its images/), one folder or several to compare.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -63,16 +63,14 @@ impl Set {
 #[allow(clippy::print_stdout, reason = "an example prints what it shows")]
 fn main() -> anyhow::Result<()> {
     let words: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
-    let [images, codes, photos, inception, output] = &words[..] else {
-        anyhow::bail!("say 06_new_images IMAGES CODES PHOTOS INCEPTION OUT");
+    let [codes, photos, inception, output, images @ ..] = &words[..] else {
+        anyhow::bail!("say 06_new_images CODES PHOTOS INCEPTION OUT IMAGES…");
     };
+    anyhow::ensure!(!images.is_empty(), "name a folder of images");
     let tokenizer = Vqrae::shipped(&Device::Cpu, DType::F32)?;
     let inception = Inception::open(inception, &Device::Cpu)?;
     let [train, apart] = Sequences::read(codes, APART)?;
 
-    let drawn = Photos::list(std::slice::from_ref(images))?;
-    let drawn = (0..drawn.len()).map(|i| drawn.open(i)).collect::<vqrae::Result<_>>()?;
-    let drawn = Set::new(&inception, "new images", drawn)?;
     let photos_of = |sequences| prepared(&tokenizer, photos, sequences);
     let trained = Set::new(&inception, "photos of the training", photos_of(&train)?)?;
     let held_out = Set::new(&inception, "photos kept apart", photos_of(&apart)?)?;
@@ -82,24 +80,31 @@ fn main() -> anyhow::Result<()> {
 
     println!("| | images | FID to the training's | FID to those kept apart | cosine to the nearest of the training |");
     println!("|---|---|---|---|---|");
-    let (of_train, of_apart) = (trained.statistics()?, held_out.statistics()?);
-    for (what, set) in
-        [("new images", &drawn), ("photos kept apart, by their codes", &again), ("photos kept apart", &held_out)]
-    {
-        let statistics = set.statistics()?;
-        let nearest = set.nearest(&trained)?;
-        let mean = nearest.iter().map(|(_, cosine)| cosine).sum::<f32>() / nearest.len() as f32;
-        println!(
-            "| {what} | {} | {:.1} | {:.1} | {mean:.3} |",
-            set.images.len(),
-            fid(&statistics, &of_train)?,
-            fid(&statistics, &of_apart)?
-        );
-    }
-    let path = output.join("neighbours.png");
+    let references = [trained.statistics()?, held_out.statistics()?];
+    row("photos kept apart", &held_out, &trained, &references)?;
+    row("photos kept apart, by their codes", &again, &trained, &references)?;
     std::fs::create_dir_all(output)?;
-    image::save_png(&path, &sheet(&drawn, &trained)?)?;
-    println!("\n{}: above, new images; below each, its nearest photo of the training", path.display());
+    let mut sheets = Vec::new();
+    for (i, folder) in images.iter().enumerate() {
+        let drawn = Photos::list(std::slice::from_ref(folder))?;
+        let drawn = (0..drawn.len()).map(|i| drawn.open(i)).collect::<vqrae::Result<_>>()?;
+        let drawn = Set::new(&inception, "new images", drawn)?;
+        row(&folder.display().to_string(), &drawn, &trained, &references)?;
+        sheets.push(output.join(format!("neighbours-{i}.png")));
+        image::save_png(&sheets[i], &sheet(&drawn, &trained)?)?;
+    }
+    println!("\nAbove, new images; below each, its nearest photo of the training:");
+    sheets.iter().for_each(|path| println!("{}", path.display()));
+    Ok(())
+}
+
+/// Prints how near a set is to others.
+#[allow(clippy::print_stdout, reason = "an example prints what it shows")]
+fn row(what: &str, set: &Set, trained: &Set, [of_train, of_apart]: &[Statistics; 2]) -> anyhow::Result<()> {
+    let (statistics, nearest) = (set.statistics()?, set.nearest(trained)?);
+    let mean = nearest.iter().map(|(_, cosine)| cosine).sum::<f32>() / nearest.len() as f32;
+    let distances = [fid(&statistics, of_train)?, fid(&statistics, of_apart)?];
+    println!("| {what} | {} | {:.1} | {:.1} | {mean:.3} |", set.images.len(), distances[0], distances[1]);
     Ok(())
 }
 

@@ -241,6 +241,14 @@ fn a_generator_learns_what_classes_look_like_and_a_stopped_training_goes_on_to_t
         let (resumed, logs) = run("stopped", &recipe).unwrap();
         assert_eq!(logs.len(), 1, "{kind}: went on from step 160");
         assert!(resumed == whole, "{kind}: a stopped training ends with other bits");
+        for (wrong, wanted) in [
+            (Recipe { batch: 0, ..recipe.clone() }, "at least 1"),
+            (Recipe { class_dropout: 1.5, ..recipe.clone() }, "class_dropout is 1.5"),
+            (Recipe { rate: f64::NAN, ..recipe.clone() }, "rate is NaN"),
+        ] {
+            let refused = run("refused", &wrong).unwrap_err().to_string();
+            assert!(refused.contains(wanted), "{refused}");
+        }
         let other = run("stopped", &Recipe { rate: 2e-2, ..recipe.clone() }).unwrap_err().to_string();
         assert!(other.contains("another recipe"), "{other}");
 

@@ -69,6 +69,27 @@ impl Default for Recipe {
     }
 }
 
+impl Recipe {
+    /// Whether the numbers make sense.
+    ///
+    /// # Errors
+    /// The first that does not.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        let shares = [("class_dropout", self.class_dropout), ("average", self.average)];
+        if let Some((name, share)) = shares.into_iter().find(|(_, share)| !(0.0..=1.0).contains(share)) {
+            return Err(format!("{name} is {share}, expected: 0 to 1"));
+        }
+        let rates = [("rate", self.rate), ("weight_decay", self.weight_decay)];
+        if let Some((name, rate)) = rates.into_iter().find(|(_, rate)| !rate.is_finite() || *rate < 0.0) {
+            return Err(format!("{name} is {rate}, expected: 0 or more"));
+        }
+        match self.batch == 0 || self.every == 0 {
+            true => Err("batch and every are at least 1".to_string()),
+            false => Ok(()),
+        }
+    }
+}
+
 /// Where a run is.
 #[derive(Debug, Clone, Serialize)]
 pub struct Log {
@@ -88,7 +109,8 @@ pub struct Log {
 /// validation. The folder is a model from the first validation on.
 ///
 /// # Errors
-/// If files cannot be read or written, the checkpoint is another recipe's, or the loss is no number.
+/// If the recipe makes no sense or the config is not of these codes, files cannot be read or written, the checkpoint is another
+/// recipe's, or the loss is no number.
 pub fn run(
     folder: &Path,
     config: &Config,
@@ -97,6 +119,11 @@ pub fn run(
     [train, apart]: [&Sequences; 2],
     mut tell: impl FnMut(&Log),
 ) -> Result<()> {
+    recipe.check().map_err(Error::Training)?;
+    config.check().map_err(Error::Training)?;
+    if config.tokenizer != train.tokenizer || train.classes.len() != config.classes.len() {
+        return Err(Error::Training("the config's tokenizer and classes are not those of the codes".to_string()));
+    }
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let mut state = State::load(folder, config, recipe, codebook, train)?;
     let network = state.network(config, codebook)?.multiplied_in(recipe.precision);

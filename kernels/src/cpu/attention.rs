@@ -126,14 +126,13 @@ pub struct Cache<T> {
     width: usize,
     tokens: usize,
     capacity: usize,
-    isa: Isa,
 }
 
 impl<T: Element> Cache<T> {
     /// Room for `capacity` tokens of `heads` heads, each `width` wide.
     pub fn new(heads: usize, width: usize, capacity: usize, isa: Isa) -> Self {
         let head = (Packed::zeros(width, capacity, isa), Packed::zeros(capacity, width, isa));
-        Self { heads: vec![head; heads], width, tokens: 0, capacity, isa }
+        Self { heads: vec![head; heads], width, tokens: 0, capacity }
     }
 
     /// Tokens so far.
@@ -144,11 +143,6 @@ impl<T: Element> Cache<T> {
     /// Whether there is none yet.
     pub fn is_empty(&self) -> bool {
         self.tokens == 0
-    }
-
-    /// Tokens that there is room for.
-    pub fn capacity(&self) -> usize {
-        self.capacity
     }
 
     /// Takes in the next token and gives it what [`attention`] with [`Mask::Causal`] would give it among all of them, bit for bit.
@@ -180,11 +174,6 @@ impl<T: Element> Cache<T> {
             values.multiply(&mut sums, width.next_multiple_of(PANEL), &weights, 0..1, 0, 0..values.panels());
             out.iter_mut().zip(&sums).for_each(|(out, sum)| *out = T::narrow(sum * scale));
         }
-    }
-
-    /// The instructions that it is packed for.
-    pub fn isa(&self) -> Isa {
-        self.isa
     }
 }
 

@@ -154,15 +154,7 @@ pub(crate) fn execute(args: Args) -> Result<Exit> {
     }
     let whole = drawn == left.len();
     if whole {
-        let mut shown: Vec<Rgb> = inpainted.map(|inpainted| inpainted.shown).into_iter().flatten().collect();
-        for number in (0..args.count.get()).take(sheet::MOST_ALONE) {
-            shown.push(image::open(&job.picture(number), &Limits::default())?);
-        }
-        let path = job.output.join("sheet.png");
-        if let Some(sheet) = sheet::grid(&shown) {
-            save_png(&path, &sheet)?;
-            report::say(&format!("{}: {} of {} images", path.display(), shown.len(), args.count));
-        }
+        job.write_sheet(args.count.get(), inpainted)?;
     } else {
         report::say("stopped; run the same command again to go on from here");
     }
@@ -346,6 +338,20 @@ impl Job {
             }
         }
         save_pngs(numbers.iter().map(|&number| self.picture(number)).zip(&painted))
+    }
+
+    /// Writes one picture of the first images and, of a photo that parts of were drawn anew, the photo and what was kept.
+    fn write_sheet(&self, count: usize, inpainted: Option<Inpainted>) -> Result<()> {
+        let mut cells: Vec<Rgb> = inpainted.map(|inpainted| inpainted.shown).into_iter().flatten().collect();
+        let shown = count.min(sheet::MOST_ALONE);
+        for number in 0..shown {
+            cells.push(image::open(&self.picture(number), &Limits::default())?);
+        }
+        let path = self.output.join("sheet.png");
+        let Some(sheet) = sheet::grid(&cells) else { return Ok(()) };
+        save_png(&path, &sheet)?;
+        report::say(&format!("{}: {shown} of {count} images", path.display()));
+        Ok(())
     }
 
     fn codes(&self, wish: Wish) -> Codes {
