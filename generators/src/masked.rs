@@ -1,7 +1,6 @@
 //! Drawing with a masked generator: many codes at a time, in few steps.
 
 use rand::Rng;
-use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
 use crate::generator::Generator;
@@ -70,9 +69,7 @@ fn draw_here(generator: &Generator, class: Option<usize>, codes: &mut [u32], pla
             Order::Ancestral => {
                 // From t to s, (t − s) / t of the masked codes come out.
                 let share = 1.0 / (plan.steps.max(1) - step) as f64;
-                let mut stay: Vec<usize> = (0..drawn.len()).filter(|_| random.random_bool(share)).collect();
-                stay.shuffle(random);
-                stay
+                (0..drawn.len()).filter(|_| random.random_bool(share)).collect()
             }
         };
         for i in stay {
