@@ -4,10 +4,14 @@ loader where the projects have no package. Also: the same tokens written by Mega
     VQRAE_CLI=target/release/vqrae-cli python -m pytest tests/readers/readers_torch.py     (check.sh --all makes the environment)
 """
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from readers import KINDS, around, codes  # noqa: F401: codes is a fixture
+from readers import KINDS, around, codes, megatron  # noqa: F401: codes is a fixture
+from readers_lm import vocab
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,6 +66,23 @@ def test_datatroves_own_reader_and_writer(codes, tmp_path, kind):
     own.close()
     for name in ("codes.ds", "codes.ds.index", "codes.ds.metadata"):
         assert (tmp_path / "own" / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_text_and_codes_by_their_own_readers(codes, tmp_path):
+    from datatrove.utils.dataset import DatatroveFolderDataset
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    made = codes()
+    tokenizer, _ = vocab(Path(os.environ["VQRAE_TOKENIZER"]), tmp_path / "tokenizer", "--codes", made.folder)
+    out, _ = made.export("lm", "--tokenizer", tokenizer, "--eos", "<EOT>")
+    expected, found = megatron(out), IndexedDataset(str(out / "codes"))
+    assert [found[i].tolist() for i in range(len(found))] == expected
+    assert max(map(max, expected)) >= 65_000  # codes are beyond the text's ids
+    other, _ = made.export("lm", "--tokenizer", tokenizer, "--eos", "<EOT>", "--as", "datatrove", "--overwrite")
+    stream, length = sum(expected, []), 6
+    windows = DatatroveFolderDataset(str(other), length, token_size=4)
+    read = torch.cat([windows[i]["input_ids"] for i in range(len(windows))]).tolist()
+    assert read == stream[: len(read)] and len(read) > len(stream) - length - 1
 
 
 def test_a_torch_embedding_takes_the_codes_of_llamagen_as_they_are(codes):
