@@ -10,7 +10,7 @@ use vqrae::codes::shard::{self, Layout, Tally, Writer};
 use vqrae::codes::{Header, Manifest, Row};
 use vqrae::ops::Precision;
 use vqrae::weights::Tensors;
-use vqrae::{DType, Device, Tensor};
+use vqrae::{DType, Device, Tensor, Vqrae};
 use vqrae_generators::autoregressive::{Image, draw_uncached};
 use vqrae_generators::data::Sequences;
 use vqrae_generators::draw::{Wish, draw};
@@ -290,6 +290,37 @@ fn a_masked_generators_bound_is_near_what_it_is_of_codes_that_it_knows() {
     let bits = likelihood::of_network(&network, Kind::Masked, &apart, likelihood::WHOLE).unwrap();
     // Twelve codes, alike often: log₂ 12.
     assert!((bits - 12f64.log2()).abs() < 0.2, "{bits}");
+}
+
+#[test]
+fn the_generator_that_ships_is_the_shipped_tokenizers_and_draws_what_it_paints() {
+    let tokenizer = Vqrae::shipped(&Device::Cpu, DType::F32).unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../weights/clothes");
+    let generator = Generator::open(&folder, &tokenizer, DType::F32).unwrap();
+    let sampling = Sampling { temperature: 0.9, guidance: 2.0, ..Sampling::default() };
+    let mut wishes = [Wish::new(&generator, generator.config().class("pants").ok(), 1, 0)];
+    draw(&generator, &mut wishes, &Plan { sampling, ..Plan::default() }).unwrap();
+    let (h, w) = generator.config().tokenizer.grid;
+    let codes = Tensor::new(&wishes[0].codes[..], &Device::Cpu).unwrap().reshape((1, h, w)).unwrap();
+    assert_eq!(tokenizer.decode_from_indices(&codes).unwrap().dims(), [1, 3, 256, 256]);
+
+    // It has learnt what photos look like: their own codes, in the order of the grid, are likelier than the same ones shuffled.
+    let (config, network) = generator::network(&folder, &tokenizer.codebook().unwrap()).unwrap();
+    let photo = vqrae::image::open(&fixture("../../examples/photos/coffee.png"), &Default::default()).unwrap();
+    let preprocessor = tokenizer.preprocessor();
+    let pixels = preprocessor.normalize(&preprocessor.prepare(&photo).unwrap());
+    let pixels = Tensor::from_vec(pixels, (1, 3, 256, 256), &Device::Cpu).unwrap();
+    let codes: Vec<u32> = tokenizer.encode_to_indices(&pixels).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    let bits = |codes: &[u32]| {
+        let inputs: Vec<u32> = std::iter::once(u32::MAX).chain(codes[..codes.len() - 1].iter().copied()).collect();
+        let tokens = network.forward(&inputs, &[config.classes.len() as u32]).unwrap();
+        let weights = vec![std::f32::consts::LOG2_E / codes.len() as f32; codes.len()];
+        network.loss(&tokens, codes, &weights).unwrap().to_scalar::<f32>().unwrap()
+    };
+    let shuffled: Vec<u32> = (0..codes.len()).map(|i| codes[i * 97 % codes.len()]).collect();
+    let (own, other) = (bits(&codes), bits(&shuffled));
+    say(&format!("the generator that ships: {own:.2} bits a code of a photo of another kind, {other:.2} shuffled"));
+    assert!(own < 13.0 && own + 1.0 < other, "{own} bits a code, {other} shuffled");
 }
 
 #[test]
