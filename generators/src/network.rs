@@ -59,7 +59,7 @@ impl Codes {
 
 /// The codebook's vectors and their squares, each column with mean zero and variance one.
 fn fixed(codebook: &Tensor) -> Result<Tensor> {
-    let codebook = codebook.to_dtype(DType::F32)?;
+    let codebook = codebook.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
     let standard = |x: Tensor| {
         let centred = x.broadcast_sub(&x.mean_keepdim(0)?)?;
         let deviation = (centred.sqr()?.mean_keepdim(0)?.sqrt()? + 1e-12)?;
@@ -74,7 +74,7 @@ impl Network {
     /// Loads the layers.
     ///
     /// # Shapes
-    /// - codebook: `[K, e]`, of the tokenizer
+    /// - codebook: `[K, e]`, of the tokenizer, on any device
     ///
     /// # Errors
     /// If a tensor is missing or does not fit.
