@@ -107,12 +107,28 @@ impl Generator {
     /// # Panics
     /// When a code, a class or a place is beyond the config's: a bug in the caller, not in the input.
     pub fn scores(&self, inputs: &[u32], class: Option<usize>, places: &[usize]) -> Vec<f32> {
+        self.layers.scores(&self.tokens(inputs, class, places))
+    }
+
+    /// What the blocks make of some places: of these [`Generator::scores_of`] makes scores, as many at a time as memory likes.
+    ///
+    /// # Shapes
+    /// - inputs: up to N codes or [`UNKNOWN`]
+    /// - output: `[places, D]`
+    ///
+    /// # Panics
+    /// As [`Generator::scores`].
+    pub(crate) fn tokens(&self, inputs: &[u32], class: Option<usize>, places: &[usize]) -> Vec<f32> {
         let mut x: Vec<f32> =
             inputs.iter().enumerate().flat_map(|(place, &code)| self.token(code, place, class)).collect();
         self.layers.forward(&mut x);
         let d = self.config.width;
-        let asked: Vec<f32> = places.iter().flat_map(|&place| &x[place * d..][..d]).copied().collect();
-        self.layers.scores(&asked)
+        places.iter().flat_map(|&place| &x[place * d..][..d]).copied().collect()
+    }
+
+    /// Scores of every code, `[M, K]`, of tokens `[M, D]`.
+    pub(crate) fn scores_of(&self, tokens: &[f32]) -> Vec<f32> {
+        self.layers.scores(tokens)
     }
 
     /// An image of which no code is drawn yet.
