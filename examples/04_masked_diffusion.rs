@@ -19,6 +19,5 @@ fn main() -> anyhow::Result<()> {
         Some(other) => anyhow::bail!("there is no schedule `{other}`; there are elbo and cosine"),
     };
     let recipe = Recipe { steps: words.steps, schedule, ..Recipe::default() };
-    learn(&words, Kind::Masked, &recipe)?;
-    Ok(())
+    learn(&words, Kind::Masked, &recipe)
 }

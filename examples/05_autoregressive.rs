@@ -11,6 +11,5 @@ use vqrae_generators::train::Recipe;
 fn main() -> anyhow::Result<()> {
     let words = Words::read(2600)?;
     let recipe = Recipe { steps: words.steps, ..Recipe::default() };
-    learn(&words, Kind::Autoregressive, &recipe)?;
-    Ok(())
+    learn(&words, Kind::Autoregressive, &recipe)
 }

@@ -1,12 +1,12 @@
-//! What the examples of generators share: to train one on a folder of codes, to say how good it is, to show what it draws.
+//! What the examples of generators share: to train one on a folder of codes, to say how good it is, to paint codes.
 
 use std::path::{Path, PathBuf};
 
-use vqrae::image::{Preprocessor, Rgb};
+use vqrae::image::Rgb;
 use vqrae::{DType, Device, Tensor, Vqrae};
 use vqrae_generators::data::Sequences;
 use vqrae_generators::train::{self, Log, Recipe};
-use vqrae_generators::{Config, Generator, Kind, generator, likelihood};
+use vqrae_generators::{Config, Kind, generator, likelihood};
 
 /// Of so many photos of a class one is kept apart.
 pub const APART: usize = 10;
@@ -38,7 +38,7 @@ impl Words {
 
 /// Trains a generator of a kind on codes of the shipped model, and prints how well it expects codes.
 #[allow(clippy::print_stderr, reason = "an example says how far it is")]
-pub fn learn(words: &Words, kind: Kind, recipe: &Recipe) -> anyhow::Result<Generator> {
+pub fn learn(words: &Words, kind: Kind, recipe: &Recipe) -> anyhow::Result<()> {
     let tokenizer = Vqrae::shipped(&Device::Cpu, DType::F32)?;
     let [train, apart] = Sequences::read(&words.codes, APART)?;
     let classes = &train.classes;
@@ -56,8 +56,7 @@ pub fn learn(words: &Words, kind: Kind, recipe: &Recipe) -> anyhow::Result<Gener
         );
     };
     train::run(&words.output, &config, recipe, &codebook, [&train, &apart], tell)?;
-    report(&words.output, &codebook, [&train, &apart])?;
-    Ok(Generator::open(&words.output, &tokenizer, vqrae::auto_dtype(&Device::Cpu)?)?)
+    report(&words.output, &codebook, [&train, &apart])
 }
 
 /// Bits a code of the generator as it is written, beside what counting expects.
@@ -82,6 +81,5 @@ pub fn paint(tokenizer: &Vqrae, codes: &[u32], (h, w): (usize, usize)) -> anyhow
     let codes = Tensor::new(codes, &Device::Cpu)?.reshape((1, h, w))?;
     let painted = tokenizer.decode_from_indices(&codes)?;
     let (_, _, height, width) = painted.dims4()?;
-    let preprocessor: &Preprocessor = tokenizer.preprocessor();
-    Ok(preprocessor.denormalize_to_rgb(&painted.flatten_all()?.to_vec1::<f32>()?, height, width))
+    Ok(tokenizer.preprocessor().denormalize_to_rgb(&painted.flatten_all()?.to_vec1::<f32>()?, height, width))
 }

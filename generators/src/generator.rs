@@ -1,5 +1,6 @@
 //! A trained generator on a processor: packed weights, no gradients.
 
+use std::any::Any;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -25,12 +26,11 @@ pub struct Generator {
     classes: Vec<f32>,
 }
 
-/// The tokens of an image that is drawn code after code, in the numbers of its generator.
-pub struct Drawn(Kept);
-
-enum Kept {
-    F32(Sequence<f32>),
-    Bf16(Sequence<Bf16>),
+/// The tokens of an image that is drawn code after code.
+pub struct Drawn {
+    /// A [`Sequence`] of the numbers that its generator computes in.
+    sequence: Box<dyn Any + Send>,
+    tokens: usize,
 }
 
 impl Generator {
@@ -133,7 +133,7 @@ impl Generator {
 
     /// An image of which no code is drawn yet.
     pub fn begin(&self) -> Drawn {
-        Drawn(self.layers.begin(self.config.tokens()))
+        Drawn { sequence: self.layers.begin(self.config.tokens()), tokens: 0 }
     }
 
     /// Scores of every code at each image's next place, after taking in what stands before it: [`UNKNOWN`] before the first.
@@ -143,12 +143,14 @@ impl Generator {
     /// - output: `[B, K]`
     ///
     /// # Panics
-    /// When an image is complete, or a code or class is beyond the config's: a bug in the caller, not in the input.
+    /// When an image is complete or another generator's, or a code or class is beyond the config's: a bug in the caller, not in the
+    /// input.
     pub fn next(&self, codes: &[(u32, Option<usize>)], images: &mut [&mut Drawn]) -> Vec<f32> {
         let token =
             |(&(code, class), image): (&(u32, Option<usize>), &&mut Drawn)| self.token(code, image.len(), class);
         let mut x: Vec<f32> = codes.iter().zip(images.iter()).flat_map(token).collect();
         self.layers.step(&mut x, images);
+        images.iter_mut().for_each(|image| image.tokens += 1);
         self.layers.scores(&x)
     }
 }
@@ -156,15 +158,12 @@ impl Generator {
 impl Drawn {
     /// Codes taken in.
     pub fn len(&self) -> usize {
-        match &self.0 {
-            Kept::F32(sequence) => sequence.len(),
-            Kept::Bf16(sequence) => sequence.len(),
-        }
+        self.tokens
     }
 
     /// Whether there is none yet.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.tokens == 0
     }
 }
 
@@ -185,7 +184,7 @@ fn load(config: &Config, loader: &Loader, codebook: &Tensor) -> Result<Network> 
 /// What depends on the numbers that products read.
 trait Layers: Send + Sync {
     fn forward(&self, x: &mut [f32]);
-    fn begin(&self, tokens: usize) -> Kept;
+    fn begin(&self, tokens: usize) -> Box<dyn Any + Send>;
     fn step(&self, x: &mut [f32], images: &mut [&mut Drawn]);
     fn scores(&self, x: &[f32]) -> Vec<f32>;
 }
@@ -209,50 +208,18 @@ impl<T: Element> Packed<T> {
     }
 }
 
-/// Sequences of one type of numbers.
-trait Numbers: Element {
-    fn kept(sequence: Sequence<Self>) -> Kept;
-    fn sequence(kept: &mut Kept) -> Option<&mut Sequence<Self>>;
-}
-
-impl Numbers for f32 {
-    fn kept(sequence: Sequence<Self>) -> Kept {
-        Kept::F32(sequence)
-    }
-
-    fn sequence(kept: &mut Kept) -> Option<&mut Sequence<Self>> {
-        match kept {
-            Kept::F32(sequence) => Some(sequence),
-            Kept::Bf16(_) => None,
-        }
-    }
-}
-
-impl Numbers for Bf16 {
-    fn kept(sequence: Sequence<Self>) -> Kept {
-        Kept::Bf16(sequence)
-    }
-
-    fn sequence(kept: &mut Kept) -> Option<&mut Sequence<Self>> {
-        match kept {
-            Kept::Bf16(sequence) => Some(sequence),
-            Kept::F32(_) => None,
-        }
-    }
-}
-
-impl<T: Numbers> Layers for Packed<T> {
+impl<T: Element> Layers for Packed<T> {
     fn forward(&self, x: &mut [f32]) {
         self.blocks.forward(x);
     }
 
-    fn begin(&self, tokens: usize) -> Kept {
-        T::kept(self.blocks.sequence(tokens))
+    fn begin(&self, tokens: usize) -> Box<dyn Any + Send> {
+        Box::new(self.blocks.sequence(tokens))
     }
 
     fn step(&self, x: &mut [f32], images: &mut [&mut Drawn]) {
         let mut sequences: Vec<&mut Sequence<T>> =
-            images.iter_mut().filter_map(|image| T::sequence(&mut image.0)).collect();
+            images.iter_mut().filter_map(|image| image.sequence.downcast_mut()).collect();
         self.blocks.step(x, &mut sequences);
     }
 
