@@ -10,9 +10,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use vqrae::ops::Precision;
+use vqrae::train::averaging::WeightAverage;
 use vqrae::train::optimizer::{self, AdamW, Gradients};
 use vqrae::train::schedule::Rate;
 use vqrae::weights::{self, Fresh, Tensors};
@@ -183,7 +183,7 @@ struct State {
     step: usize,
     parameters: BTreeMap<String, Var>,
     optimizer: AdamW,
-    average: BTreeMap<String, Vec<f32>>,
+    average: WeightAverage,
 }
 
 /// What a checkpoint says of itself.
@@ -197,15 +197,14 @@ struct Progress {
 impl State {
     /// The checkpoint's, if there is one; else fresh.
     fn load(folder: &Path, config: &Config, recipe: &Recipe, codebook: &Tensor, train: &Sequences) -> Result<Self> {
-        let fresh = Fresh::new(recipe.seed, Tensors::new()).make(|vb| Network::load(vb, config, codebook))?;
+        let mut fresh = Fresh::new(recipe.seed, Tensors::new()).make(|vb| Network::load(vb, config, codebook))?;
         let path = checkpoint(folder);
-        let mut state = Self::of(fresh, recipe)?;
         if !path.exists() {
             let counts = train.counts();
             let all: f64 = counts.iter().map(|&count| f64::from(count) + PRIOR).sum();
             let bias: Vec<f32> = counts.iter().map(|&count| ((f64::from(count) + PRIOR) / all).ln() as f32).collect();
-            state.set("bias", &bias)?;
-            return Ok(state);
+            fresh.insert("bias".to_string(), Tensor::new(bias, &Device::Cpu)?);
+            return Self::of(fresh, recipe);
         }
         let wrong = |reason: String| Error::weights(&path, reason);
         let mut tensors = weights::read_file(&path)?;
@@ -219,23 +218,22 @@ impl State {
                 "is of a run with another recipe; go on with that one, or take another folder".to_string(),
             ));
         }
-        let mut moments = Tensors::new();
-        for name in state.parameters.keys() {
+        let (mut moments, mut averages) = (Tensors::new(), Tensors::new());
+        for (name, weight) in &mut fresh {
+            let kept = take(&format!("weight.{name}"))?;
+            if kept.shape() != weight.shape() {
+                let (got, expected) = (kept.dims(), weight.dims());
+                return Err(wrong(format!("tensor `weight.{name}` has shape {got:?}, expected: {expected:?}")));
+            }
+            *weight = kept;
             for part in ["first", "second"] {
                 moments.insert(format!("{part}.{name}"), take(&format!("{part}.{name}"))?);
             }
+            averages.insert(name.clone(), take(&format!("average.{name}"))?);
         }
-        let mut values = BTreeMap::new();
-        for name in state.parameters.keys() {
-            let of = |tensor: Tensor| tensor.flatten_all()?.to_vec1::<f32>();
-            values
-                .insert(name.clone(), (of(take(&format!("weight.{name}"))?)?, of(take(&format!("average.{name}"))?)?));
-        }
-        state.optimizer.load_state(moments)?;
-        for (name, (value, average)) in values {
-            state.set(&name, &value)?;
-            state.average.insert(name, average);
-        }
+        let mut state = Self::of(fresh, recipe)?;
+        state.optimizer.load_state(moments).map_err(|error| wrong(error.to_string()))?;
+        state.average.load(averages).map_err(|error| wrong(error.to_string()))?;
         state.step = said.step;
         Ok(state)
     }
@@ -245,27 +243,8 @@ impl State {
         let parameters = tensors.into_iter().map(var).collect::<Result<BTreeMap<_, _>>>()?;
         let constants =
             optimizer::Config { weight_decay: recipe.weight_decay, beta2: 0.98, ..optimizer::Config::default() };
-        let values = |(name, var): (&String, &Var)| Ok((name.clone(), var.flatten_all()?.to_vec1()?));
-        Ok(Self {
-            step: 0,
-            optimizer: AdamW::new(constants, &parameters)?,
-            average: parameters.iter().map(values).collect::<Result<_>>()?,
-            parameters,
-        })
-    }
-
-    fn set(&mut self, name: &str, values: &[f32]) -> Result<()> {
-        let Some(var) = self.parameters.get(name) else { return Ok(()) };
-        if values.len() != var.elem_count() {
-            return Err(Error::Training(format!(
-                "`{name}` has {} values, expected: {}",
-                values.len(),
-                var.elem_count()
-            )));
-        }
-        var.set(&Tensor::from_slice(values, var.shape(), &Device::Cpu)?)?;
-        self.average.insert(name.to_string(), values.to_vec());
-        Ok(())
+        let (optimizer, average) = (AdamW::new(constants, &parameters)?, WeightAverage::new(&parameters)?);
+        Ok(Self { step: 0, parameters, optimizer, average })
     }
 
     /// The network of the weights that are trained.
@@ -281,22 +260,13 @@ impl State {
     }
 
     fn averages(&self) -> Result<Tensors> {
-        let tensor = |(name, values): (&String, &Vec<f32>)| {
-            let shape = self.parameters.get(name).map(|var| var.shape().clone()).unwrap_or_else(|| values.len().into());
-            Ok((name.clone(), Tensor::from_slice(values, shape, &Device::Cpu)?))
-        };
-        self.average.iter().map(tensor).collect()
+        self.average.tensors(&self.parameters)
     }
 
     /// The averages follow the weights; more slowly the longer a run is, so that a short one does not keep its start.
     fn follow(&mut self, decay: f64) -> Result<()> {
-        let decay = decay.min((1.0 + self.step as f64) / (10.0 + self.step as f64)) as f32;
-        self.average.par_iter_mut().try_for_each(|(name, average)| {
-            let Some(var) = self.parameters.get(name) else { return Ok(()) };
-            let values = var.flatten_all()?.to_vec1::<f32>()?;
-            average.iter_mut().zip(values).for_each(|(a, w)| *a = decay * *a + (1.0 - decay) * w);
-            Ok(())
-        })
+        let decay = decay.min((1.0 + self.step as f64) / (10.0 + self.step as f64));
+        self.average.follow(&self.parameters, decay)
     }
 
     /// Writes the model and what a run goes on from.

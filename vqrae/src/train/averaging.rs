@@ -12,20 +12,26 @@ use crate::weights::Tensors;
 /// `a ← γ a + (1 − γ) w` after every step, from the weights that the run starts with. A quantizer's moving averages are not
 /// averaged again: they are taken as they are.
 #[derive(Debug)]
-pub(super) struct WeightAverage {
-    decay: f32,
+pub struct WeightAverage {
     values: BTreeMap<String, Values>,
 }
 
 impl WeightAverage {
-    pub(super) fn new(decay: f64, parameters: &BTreeMap<String, Var>) -> Result<Self> {
+    /// Starts from the weights as they are.
+    ///
+    /// # Errors
+    /// If a device has no memory left for them.
+    pub fn new(parameters: &BTreeMap<String, Var>) -> Result<Self> {
         let values = |(name, var): (&String, &Var)| Ok((name.clone(), Values::of(&var.copy()?)?));
-        Ok(Self { decay: decay as f32, values: parameters.iter().map(values).collect::<Result<_>>()? })
+        Ok(Self { values: parameters.iter().map(values).collect::<Result<_>>()? })
     }
 
-    /// Follows the weights after a step.
-    pub(super) fn follow(&mut self, parameters: &BTreeMap<String, Var>) -> Result<()> {
-        let decay = self.decay;
+    /// Follows the weights after a step, with this γ.
+    ///
+    /// # Errors
+    /// If a weight has another size than when the average began.
+    pub fn follow(&mut self, parameters: &BTreeMap<String, Var>, decay: f64) -> Result<()> {
+        let decay = decay as f32;
         self.values.par_iter_mut().try_for_each(|(name, values)| {
             let Some(var) = parameters.get(name) else { return Ok(()) };
             Ok(values.follow(var, decay)?)
@@ -33,7 +39,10 @@ impl WeightAverage {
     }
 
     /// The averages in the shapes of the parameters, on the CPU.
-    pub(super) fn tensors(&self, parameters: &BTreeMap<String, Var>) -> Result<Tensors> {
+    ///
+    /// # Errors
+    /// If a parameter has no average.
+    pub fn tensors(&self, parameters: &BTreeMap<String, Var>) -> Result<Tensors> {
         let tensor = |(name, var): (&String, &Var)| {
             let values = self.values.get(name).ok_or_else(|| missing(name))?;
             Ok((name.clone(), values.tensor()?.reshape(var.shape())?.to_device(&Device::Cpu)?))
@@ -42,7 +51,10 @@ impl WeightAverage {
     }
 
     /// Goes on from what a checkpoint has.
-    pub(super) fn load(&mut self, mut tensors: Tensors) -> Result<()> {
+    ///
+    /// # Errors
+    /// If an average is missing or of another size.
+    pub fn load(&mut self, mut tensors: Tensors) -> Result<()> {
         for (name, values) in &mut self.values {
             let tensor = tensors.remove(name).ok_or_else(|| missing(name))?;
             if tensor.elem_count() != values.len() {
@@ -68,10 +80,10 @@ mod tests {
     fn two_steps_by_hand() {
         let var = Var::new(&[4f32, 8.0], &Device::Cpu).unwrap();
         let parameters = BTreeMap::from([("w".to_string(), var.clone())]);
-        let mut average = WeightAverage::new(0.75, &parameters).unwrap();
+        let mut average = WeightAverage::new(&parameters).unwrap();
         for values in [[0f32, 8.0], [0.0, 0.0]] {
             var.set(&Tensor::new(&values, &Device::Cpu).unwrap()).unwrap();
-            average.follow(&parameters).unwrap();
+            average.follow(&parameters, 0.75).unwrap();
         }
         assert_eq!(average.tensors(&parameters).unwrap()["w"].to_vec1::<f32>().unwrap(), [2.25, 6.0]);
         assert!(average.load(Tensors::new()).is_err());

@@ -6,7 +6,7 @@
 //! A step is a pure function of weights, moments, averages and its number: which photos it has, their crops and size, and
 //! what the quantizer draws follow from (seed, step). So a run that goes on from a checkpoint ends with the same bits.
 
-mod averaging;
+pub mod averaging;
 mod blocks;
 pub mod checkpoint;
 mod config;

@@ -122,7 +122,7 @@ impl<'a> Trainer<'a> {
         }
         let mut shadow = match config.train.ema_decay {
             0.0 => None,
-            decay => Some(WeightAverage::new(decay, &parameters.trained)?),
+            _ => Some(WeightAverage::new(&parameters.trained)?),
         };
         if let (Some(shadow), true) = (&mut shadow, state.step > 0) {
             shadow.load(average.unwrap_or_default())?;
@@ -310,7 +310,7 @@ impl<'a> Trainer<'a> {
             self.set(self.network.quantizer.update_shared(&joined(parts)?, &batch, &mut choose)?)?;
         }
         match &mut self.average {
-            Some(average) => average.follow(&self.parameters.trained),
+            Some(average) => average.follow(&self.parameters.trained, self.config.train.ema_decay),
             None => Ok(()),
         }
     }
@@ -344,7 +344,7 @@ impl<'a> Trainer<'a> {
         let mut choose = chooser(self.config.train.seed, "first codes", 0);
         self.set(self.network.quantizer.first(features, &mut choose)?)?;
         if let Some(average) = &mut self.average {
-            *average = WeightAverage::new(self.config.train.ema_decay, &self.parameters.trained)?;
+            *average = WeightAverage::new(&self.parameters.trained)?;
         }
         Ok(())
     }
